@@ -1,0 +1,1 @@
+"""Values that every other room shares: the study, its messages, stages, bytes and errors. No I/O."""

@@ -1,0 +1,63 @@
+"""One error root; each subclass says whose fault it is. Messages say what happened, why, and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CohortiumError(Exception):
+    """The root of every error that Cohortium raises on purpose.
+
+    `exit_code` is what the command line returns: 1 the work failed, 2 the request was wrong, 3 refused.
+    """
+
+    exit_code = 1
+
+
+class StudyError(CohortiumError):
+    """The study document asks for something malformed, impossible or not offered."""
+
+    exit_code = 2
+
+
+class SiteError(CohortiumError):
+    """A site's data or configuration does not fit the study.
+
+    The message may hold counts and is meant for the site's own staff. `public` is what may leave the site: it
+    names the column and the rule, never a count or a value.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, public: str) -> None:
+        super().__init__(message)
+        self.public = public
+
+
+class CohortError(CohortiumError):
+    """The sites' data taken together cannot support the study (one class only, a constant feature ...)."""
+
+    exit_code = 2
+
+
+class PolicyRefused(CohortiumError):
+    """A policy, an approval or a consent refuses the request."""
+
+    exit_code = 3
+
+
+class ProtocolError(CohortiumError):
+    """A message is malformed, forged, repeated or out of order; nothing was done with it."""
+
+
+class ConvergenceError(CohortiumError):
+    """Training ended without reaching the study's tolerance."""
+
+
+class RunFailed(CohortiumError):
+    """A run ended without a result, for the reason stated."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,79 @@
+"""The shape of what leaves a site: named blocks of numbers, each with a public bound.
+
+Both halves of a run derive the same layout from the signed study, so a vector needs no header and its range can
+be proved before any patient's record is read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cohortium.core.errors import ProtocolError
+
+Floats = NDArray[np.float64]
+Statistics = Mapping[str, Floats]
+"""What `local` returns and `update` receives summed: one array for each block of the layout."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One named array of a layout.
+
+    Attributes:
+        name: the statistic's name.
+        shape: its shape; `()` is a single number.
+        bound: at any site no entry's magnitude exceeds it.
+        excess: what to do with a larger one: "refuse" sends nothing, "clip" sends the bound.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bound: float
+    excess: Literal["refuse", "clip"] = "refuse"
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+
+Layout = tuple[Block, ...]
+
+
+def size(layout: Layout) -> int:
+    """Returns how many numbers a vector of this layout holds."""
+    return sum(block.size for block in layout)
+
+
+def pack(layout: Layout, statistics: Statistics) -> Floats:
+    """Returns the statistics as one vector, in the layout's order.
+
+    Raises:
+        ProtocolError: names or shapes differ from the layout's, or an entry is not finite.
+    """
+    if statistics.keys() != {block.name for block in layout}:
+        raise ProtocolError(f"statistics {sorted(statistics)} do not match their layout")
+    parts = []
+    for block in layout:
+        array = np.asarray(statistics[block.name], dtype=np.float64)
+        if array.shape != block.shape:
+            raise ProtocolError(f"statistic '{block.name}' has shape {array.shape}, its layout says {block.shape}")
+        parts.append(array.ravel())
+    vector = np.concatenate(parts) if parts else np.empty(0)
+    if not np.isfinite(vector).all():
+        bad = next(block.name for block, part in zip(layout, parts, strict=True) if not np.isfinite(part).all())
+        raise ProtocolError(f"statistic '{bad}' holds NaN or infinity; nothing was sent")
+    return vector
+
+
+def unpack(layout: Layout, vector: Floats) -> dict[str, Floats]:
+    """Returns the named arrays that `pack` put into `vector`."""
+    if vector.shape != (size(layout),):
+        raise ProtocolError(f"a vector of shape {vector.shape} does not match a layout of {size(layout)} numbers")
+    arrays, start = {}, 0
+    for block in layout:
+        arrays[block.name] = vector[start : start + block.size].reshape(block.shape)
+        start += block.size
+    return arrays

@@ -1,0 +1,59 @@
+"""Stages: what happens to a vector between a site's statistics and the secure sum, and back.
+
+    local -> [stage -> stage -> ...] -> secure sum -> [... <- stage <- stage] -> update
+
+A stage's two halves run at different places and compile from the same study. Composed, never subclassed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+Vector = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DpEvent:
+    """What a release costs in privacy, as data that an accountant reads. No stage makes one yet."""
+
+    mechanism: str
+
+
+class Stage(Protocol):
+    """One reversible step. Both halves are pure."""
+
+    def encode(self, vector: Vector) -> Vector:
+        """Site half: returns the vector that goes on towards the sum."""
+
+    def decode(self, total: Vector) -> Vector:
+        """Coordinator half: returns what the sum of the encoded vectors stands for."""
+
+    def events(self) -> tuple[DpEvent, ...]:
+        """Returns the privacy cost of releasing one sum."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages in order: encodes left to right, decodes right to left. Itself a stage."""
+
+    stages: tuple[Stage, ...]
+
+    def encode(self, vector: Vector) -> Vector:
+        for stage in self.stages:
+            vector = stage.encode(vector)
+        return vector
+
+    def decode(self, total: Vector) -> Vector:
+        for stage in reversed(self.stages):
+            total = stage.decode(total)
+        return total
+
+    def events(self) -> tuple[DpEvent, ...]:
+        return tuple(event for stage in self.stages for event in stage.events())
+
+
+def chain(stages: Sequence[Stage]) -> Chain:
+    """Returns the stages as one."""
+    return Chain(tuple(stages))

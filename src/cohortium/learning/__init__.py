@@ -1,0 +1,1 @@
+"""Federated algorithms as pure functions whose statistics are summed."""
