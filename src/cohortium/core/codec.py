@@ -4,7 +4,7 @@ What an attacker gains who sends hostile bytes: a `ProtocolError`. Types are che
 limited to the kinds below, and an array's bytes must match its shape exactly.
 """
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import msgspec
 import numpy as np
@@ -33,8 +33,8 @@ def _from_array(value: Any) -> Any:
 
 
 def _to_array(kind: type, value: Any) -> Any:
-    if kind is not np.ndarray:
-        raise TypeError(f"values of type {kind.__name__} do not travel")
+    if (get_origin(kind) or kind) is not np.ndarray:
+        raise TypeError(f"values of type {kind} do not travel")
     array = msgspec.convert(value, _Array)
     if array.kind not in _KINDS or any(size < 0 for size in array.shape) or len(array.shape) > 8:
         raise ValueError("an array of an unknown kind or shape")

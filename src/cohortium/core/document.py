@@ -29,8 +29,8 @@ def parse(document: Mapping[str, Any]) -> Study:
 
 def document(study: Study) -> dict[str, Any]:
     """Returns the study as plain JSON values, defaults written out and absent values left out."""
-    plain = _adapter.dump_python(study, mode="json", by_alias=True, exclude_none=True, warnings=False)
-    return plain  # type: ignore[no-any-return]
+    plain: dict[str, Any] = _adapter.dump_python(study, mode="json", by_alias=True, exclude_none=True, warnings=False)
+    return plain
 
 
 def canonical_bytes(study: Study) -> bytes:

@@ -19,10 +19,10 @@ class StudyError(CohortiumError):
     exit_code = 2
 
 
-class SiteError(CohortiumError):
-    """A site's data or configuration does not fit the study.
+class DataError(CohortiumError):
+    """Data do not keep the study's data contract.
 
-    The message may hold counts and is meant for the site's own staff. `public` is what may leave the site: it
+    The message may hold counts and is meant for those who may read the data. `public` is what others may read: it
     names the column and the rule, never a count or a value.
     """
 
@@ -31,6 +31,10 @@ class SiteError(CohortiumError):
     def __init__(self, message: str, *, public: str) -> None:
         super().__init__(message)
         self.public = public
+
+
+class SiteError(DataError):
+    """A site's data or configuration does not fit the study; the message begins with the site's name."""
 
 
 class CohortError(CohortiumError):

@@ -4,6 +4,7 @@ Both halves of a run derive the same layout from the signed study, so a vector n
 be proved before any patient's record is read.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +37,7 @@ class Block:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 Layout = tuple[Block, ...]

@@ -10,6 +10,8 @@ import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
+from cohortium.core.signature import framed
+
 
 @dataclass(frozen=True)
 class Randomness:
@@ -32,8 +34,8 @@ class Randomness:
 
     def child(self, *labels: str | int) -> "Randomness":
         """Returns the key at the path `labels` below this one; different paths give independent keys."""
-        path = b"".join(len(part).to_bytes(4, "big") + part for part in (_encoded(label) for label in labels))
-        return Randomness(HKDFExpand(hashes.SHA256(), 32, b"child" + path).derive(self.key))
+        path = framed(b"child", *(_encoded(label) for label in labels))
+        return Randomness(HKDFExpand(hashes.SHA256(), 32, path).derive(self.key))
 
     def bytes(self, count: int) -> bytes:
         """Returns `count` bytes, the same ones each time; at most 8,160."""

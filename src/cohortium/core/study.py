@@ -268,7 +268,7 @@ class Newton:
     algorithm: Literal["newton"] = "newton"
     rounds: Annotated[int, Field(ge=1, le=1000)] = 25
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-8
-    """Ends when half the squared Newton decrement, per patient, falls below this."""
+    """Ends when half the squared Newton decrement falls below this."""
 
 
 @dataclass(frozen=True, kw_only=True)

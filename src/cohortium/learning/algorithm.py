@@ -130,8 +130,9 @@ class Then(Generic[R]):
     def done(self, state: PhaseState) -> bool:
         return state.fitted is not None and self.second(state.fitted).done(state.second)
 
-    def finish(self, state: PhaseState) -> R:
-        return self.second(state.fitted).finish(state.second)
+    def finish(self, state: PhaseState) -> tuple[Any, R]:
+        """Returns both results."""
+        return state.fitted, self.second(state.fitted).finish(state.second)
 
     def progress(self, state: PhaseState) -> tuple[int, float | None]:
         algorithm, inner = self._current(state)

@@ -1,0 +1,98 @@
+"""The local engine: coordinator and sites in one process, over the same messages as bytes that a network carries."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cohortium.coordinator.result import Result, RoundRecord
+from cohortium.coordinator.rounds import Broadcast, Effect, Failed, Finished, RoundClosed, RunState, open_run, step
+from cohortium.core import codec
+from cohortium.core.errors import RunFailed
+from cohortium.core.messages import CloseRun, FromSite, OpenRound, ToSite, decode_from_site
+from cohortium.plan import Plan
+from cohortium.site.agent import Agent
+
+Tap = Callable[[FromSite], None]
+"""Sees what the coordinator sees: every message of a site."""
+Progress = Callable[[RoundClosed], None]
+
+
+@dataclass
+class _Wire:
+    """Carries messages between the run's two halves, and counts bytes and time since it was last read."""
+
+    state: RunState
+    agents: Mapping[str, Agent]
+    clock: Callable[[], float]
+    tap: Tap | None
+    started: float
+    up: int = 0
+    down: int = 0
+
+    def broadcast(self, message: ToSite) -> list[Effect]:
+        """Brings a message to every site and the answers back; returns what the coordinator then wants done."""
+        data = codec.encode(message)
+        wanted: list[Effect] = []
+        for site in self.state.plan.sites:
+            if self.state.phase == "over" and not isinstance(message, CloseRun):
+                break  # a site refused: nothing more is asked of the others
+            self.down += len(data)
+            for answer in self.agents[site].receive(data):
+                self.up += len(answer)
+                reply = decode_from_site(answer)
+                if self.tap:
+                    self.tap(reply)
+                self.state, effects = step(self.state, site, reply)
+                wanted += effects
+        return wanted
+
+    def read(self) -> tuple[int, int, float]:
+        """Returns bytes up, bytes down and seconds, and starts anew."""
+        now = self.clock()
+        reading = self.up, self.down, now - self.started
+        self.up, self.down, self.started = 0, 0, now
+        return reading
+
+
+def run(
+    plan: Plan,
+    agents: Mapping[str, Agent],
+    name: str,
+    clock: Callable[[], float],
+    seed: int | None = None,
+    tap: Tap | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Runs a compiled study over the sites' agents and returns its result.
+
+    Args:
+        name: the run's name, used once for these agents.
+        clock: monotonic seconds.
+
+    Raises:
+        CohortiumError: the run failed; where a site refused, its own full reason, since all sites are in this process.
+    """
+    state, effects = open_run(plan, name)
+    wire = _Wire(state, agents, clock, tap, clock())
+    queue: deque[Effect] = deque(effects)
+    records: list[RoundRecord] = []
+    setup = 0
+    while queue:
+        match queue.popleft():
+            case Broadcast(message):
+                if isinstance(message, OpenRound) and not records:
+                    setup = sum(wire.read()[:2])
+                queue.extend(wire.broadcast(message))
+            case RoundClosed() as closed:
+                up, down, seconds = wire.read()
+                records.append(
+                    RoundRecord(closed.number, closed.survivors, closed.values, up, down, seconds, closed.objective)
+                )
+                if progress:
+                    progress(closed)
+            case Finished(outcome):
+                setup += sum(wire.read()[:2])
+                return Result(plan.study, plan.study_id, name, outcome, tuple(records), setup, seed)
+            case Failed(error):
+                raise next((agent.failure for agent in agents.values() if agent.failure), None) or error
+    raise RunFailed("the run ended without a result")

@@ -1,0 +1,161 @@
+"""The data contract: raw columns against the study's features, for training at a site and for scoring a patient."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import narwhals as nw
+import numpy as np
+from numpy.typing import NDArray
+
+from cohortium.core.errors import DataError, nearest
+from cohortium.core.filter import Column, is_missing
+from cohortium.core.layout import Floats
+from cohortium.core.study import BinaryTarget, Category, Feature, Number, NumberTarget, Target
+
+Mask = NDArray[np.bool_]
+
+
+def raw_columns(frame: Any, names: Sequence[str]) -> dict[str, Column]:
+    """Returns columns of a pandas, Polars or Arrow frame: numbers as floats (missing: NaN), others as text (None).
+
+    Raises:
+        DataError: it is not such a frame, or lacks a column.
+    """
+    try:
+        table = nw.from_native(frame, eager_only=True)
+    except TypeError:
+        reason = f"a {type(frame).__name__} is no data frame"
+        raise DataError(f"{reason}: pass a pandas or Polars frame", public=reason) from None
+    require_columns(names, table.columns)
+    columns: dict[str, Column] = {}
+    for name in names:
+        series = table[name]
+        if series.dtype == nw.Boolean():
+            series = series.cast(nw.Int8())
+        if series.dtype.is_numeric():
+            columns[name] = series.cast(nw.Float64()).to_numpy().astype(np.float64)
+        else:
+            texts = [None if _absent(value) else str(value) for value in series.to_list()]
+            columns[name] = np.array(texts, dtype=object)
+    return columns
+
+
+def require_columns(names: Sequence[str], found: Sequence[str]) -> None:
+    """Raises a `DataError` for the first of `names` that is not found."""
+    for name in names:
+        if name not in found:
+            reason = f"column '{name}' is missing"
+            raise DataError(f"{reason}{nearest(name, found)} Add it or rename it in the data.", public=reason)
+
+
+def typed(features: Mapping[str, Feature], raw: Mapping[str, Column]) -> dict[str, Column]:
+    """Returns each feature's column as what the study says it is: floats, or labels.
+
+    Raises:
+        DataError: a number's column holds text.
+    """
+    return {
+        name: _numbers(name, raw[name], feature.unit) if isinstance(feature, Number) else _labels(raw[name])
+        for name, feature in features.items()
+    }
+
+
+def conform(name: str, feature: Feature, column: Column) -> Floats:
+    """Returns a typed column as a table holds it: numbers within range or level indices, NaN for missing.
+
+    Raises:
+        DataError: a value is infinite, outside the range or no level, and the study refuses such values.
+    """
+    if isinstance(feature, Number):
+        return _within(name, column, feature.range, feature.unit, feature.outside)
+    return _coded(name, column, feature)
+
+
+def conform_target(target: Target, raw: Column) -> Floats:
+    """Returns the target as a table holds it: 0 or 1, a number within range, or a count; NaN for missing."""
+    if isinstance(target, BinaryTarget):
+        return _coded(target.name, _labels(raw), Category(levels=target.levels))
+    if isinstance(target, NumberTarget):
+        numbers = _numbers(target.name, raw, target.unit)
+        return _within(target.name, numbers, target.range, target.unit, target.outside)
+    counts = _within(target.name, _numbers(target.name, raw, "count"), (0, target.maximum), "count", "refuse")
+    if (counts[~np.isnan(counts)] % 1 != 0).any():
+        reason = f"column '{target.name}' holds fractions, and a count is a whole number"
+        raise DataError(f"{reason}. Nothing was sent.", public=reason)
+    return counts
+
+
+def after_missing(name: str, rule: str, column: Floats) -> Mask:
+    """Returns which rows stay under a rule for missing values ("refuse", "impute" or "exclude").
+
+    Raises:
+        DataError: the rule is "refuse" and a value is missing.
+    """
+    missing = np.isnan(column)
+    if rule == "refuse" and missing.any():
+        reason = f"column '{name}' has missing values (NaN or empty)"
+        raise DataError(
+            f"column '{name}' has {missing.sum()} missing values (NaN or empty). Nothing was sent. "
+            "Fill them, or set missing: impute or exclude.",
+            public=reason,
+        )
+    return ~missing if rule == "exclude" else np.ones(len(column), dtype=bool)
+
+
+def _numbers(name: str, raw: Column, unit: str) -> Floats:
+    if raw.dtype.kind == "f":
+        return raw
+    if is_missing(raw).all():
+        return np.full(len(raw), np.nan)
+    reason = f"column '{name}' holds text, and the study expects numbers ({unit})"
+    raise DataError(f"{reason}. Nothing was sent. Correct the column's type.", public=reason)
+
+
+def _labels(raw: Column) -> Column:
+    if raw.dtype.kind != "f":
+        return raw
+    return np.array([None if np.isnan(value) else f"{value:.15g}" for value in raw], dtype=object)
+
+
+def _within(name: str, column: Floats, bounds: tuple[float, float], unit: str, outside: str) -> Floats:
+    if np.isinf(column).any():
+        reason = f"column '{name}' holds an infinite value"
+        raise DataError(f"{reason}. Nothing was sent. Correct it or leave it empty.", public=reason)
+    low, high = bounds
+    below, above = column < low, column > high
+    beyond = below | above
+    if not beyond.any():
+        return column
+    if outside == "clip":
+        return np.clip(column, low, high)
+    if outside == "missing":
+        return np.where(beyond, np.nan, column)
+    counts = [f"{mask.sum()} values {word}" for mask, word in ((below, "below"), (above, "above")) if mask.any()]
+    span = f"the study's range {low:g}..{high:g} ({unit})"
+    advice = "Nothing was sent. Widen the range, or set outside: clip."
+    raise DataError(
+        f"column '{name}' holds {' and '.join(counts)} {span}. {advice}",
+        public=f"column '{name}' holds values outside {span}",
+    )
+
+
+def _coded(name: str, labels: Column, feature: Category) -> Floats:
+    codes = np.full(len(labels), np.nan)
+    known = is_missing(labels)
+    for index, level in enumerate(feature.levels):
+        here = labels == level
+        codes[here] = index
+        known |= here
+    if feature.outside == "refuse" and not known.all():
+        reason = f"column '{name}' holds values that are not among its levels {', '.join(feature.levels)}"
+        raise DataError(
+            f"{reason} ({np.count_nonzero(~known)} patients). Nothing was sent. "
+            "Correct them, add the level, or set outside: missing.",
+            public=reason,
+        )
+    return codes
+
+
+def _absent(value: Any) -> bool:
+    # pandas spells a missing text as None, NaN or NA; only the first two compare safely
+    return value is None or value != value or type(value).__name__ in ("NAType", "NaTType")

@@ -1,0 +1,167 @@
+"""The global model: what a study yields, ready to score a patient's row as the sites' databases hold it."""
+
+import base64
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from scipy import special
+
+from cohortium.core import codec
+from cohortium.core.document import document, parse, study_id
+from cohortium.core.errors import CohortiumError, DataError, StudyError
+from cohortium.core.layout import Floats
+from cohortium.core.study import BinaryTarget, Network, NumberTarget, Study
+from cohortium.learning.contract import after_missing, conform, raw_columns, typed
+from cohortium.learning.glm import GlmFit
+from cohortium.learning.network import NetworkFit
+from cohortium.learning.preprocess import Encoder, Fitted, middle_and_half
+from cohortium.learning.table import Table
+
+_FORMAT = "cohortium model 1"
+MAX_MODEL_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """A fitted model with its study and preprocessing. It follows scikit-learn's habits and is never refitted.
+
+    Attributes:
+        study: the study that was run; its features say which columns `predict` needs.
+        preprocessing: what was fitted before the model.
+        fit: coefficients or weights.
+    """
+
+    study: Study
+    preprocessing: Fitted
+    fit: GlmFit | NetworkFit = field(repr=False)
+
+    @property
+    def encoder(self) -> Encoder:
+        return Encoder(self.study.cohort.features, self.preprocessing)
+
+    @property
+    def feature_names_in_(self) -> np.ndarray:
+        """The columns that a frame must have, `(n_features,)`."""
+        return np.array(list(self.study.cohort.features), dtype=object)
+
+    @property
+    def classes_(self) -> np.ndarray:
+        """The target's two levels; the second is the one predicted."""
+        return np.array(self._binary().levels, dtype=object)
+
+    @property
+    def coef_(self) -> Floats:
+        """A regression's coefficients in the features' own units, `(n_columns,)`, in the order of `columns_`."""
+        return np.array(self._glm().coefficients[1:])
+
+    @property
+    def intercept_(self) -> float:
+        return self._glm().coefficients[0]
+
+    @property
+    def columns_(self) -> tuple[str, ...]:
+        """Names of the design's columns, such as 'age' or 'sex[male]'."""
+        return self.encoder.columns
+
+    def predict_mean(self, frame: Any) -> Floats:
+        """Returns the expected target of each row, `(n,)`: a probability, a number in its unit, or a count.
+
+        Args:
+            frame: a pandas, Polars or Arrow frame with the study's feature columns.
+
+        Raises:
+            DataError: a column is missing or does not keep the study's data contract.
+        """
+        return self.score(_table(self.study, frame))
+
+    def score(self, table: Table) -> Floats:
+        """Returns the expected target of each row of a table that already keeps the contract, `(n,)`."""
+        if isinstance(self.fit, GlmFit):
+            return self.fit.predict_mean(self.encoder.design(table, "none"))
+        assert isinstance(self.study.model, Network) and self.study.cohort.target is not None
+        design = self.encoder.design(table, self.study.preprocessing.scale)
+        output = self.fit.forward(design, self.study.model.activation)
+        if isinstance(self.study.cohort.target, NumberTarget):
+            middle, half = middle_and_half(self.study.cohort.target.range)
+            return middle + half * output
+        probability: Floats = special.expit(output)
+        return probability
+
+    def predict_proba(self, frame: Any) -> Floats:
+        """Returns `(n, 2)` probabilities of the target's two levels."""
+        self._binary()
+        second = self.predict_mean(frame)
+        return np.column_stack([1 - second, second])
+
+    def predict(self, frame: Any) -> np.ndarray:
+        """Returns the likelier level of each row, or the expected number or count, `(n,)`."""
+        mean = self.predict_mean(frame)
+        if isinstance(self.study.cohort.target, BinaryTarget):
+            return np.take(self.classes_, (mean > 0.5).astype(int))
+        return mean
+
+    def to_bytes(self) -> bytes:
+        """Returns the model as JSON. It holds no patient's data."""
+        fit: dict[str, Any] = {"glm": asdict(self.fit)} if isinstance(self.fit, GlmFit) else {}
+        if not fit:
+            fit = {"network": base64.b64encode(codec.encode(self.fit)).decode()}
+        content = {
+            "format": _FORMAT,
+            "study_id": study_id(self.study),
+            "study": document(self.study),
+            "preprocessing": asdict(self.preprocessing),
+            **fit,
+        }
+        return json.dumps(content, indent=1, allow_nan=False).encode()
+
+    def _glm(self) -> GlmFit:
+        if not isinstance(self.fit, GlmFit):
+            raise AttributeError("a network has no coefficients")
+        return self.fit
+
+    def _binary(self) -> BinaryTarget:
+        if not isinstance(self.study.cohort.target, BinaryTarget):
+            raise AttributeError(f"a {self.study.model.kind} model with a target of this type has no classes")
+        return self.study.cohort.target
+
+
+def from_bytes(data: bytes) -> GlobalModel:
+    """Returns the model that `to_bytes` wrote. Reading it runs no code.
+
+    Raises:
+        StudyError: it is too long, no model file, or was changed so that study and id no longer match.
+    """
+    try:
+        if len(data) > MAX_MODEL_BYTES:
+            raise ValueError
+        content = json.loads(data)
+        if content["format"] != _FORMAT:
+            raise ValueError
+        study = parse(content["study"])
+        fitted = msgspec.convert(content["preprocessing"], Fitted)
+        fit: GlmFit | NetworkFit
+        if "glm" in content:
+            fit = msgspec.convert(content["glm"], GlmFit)
+        else:
+            fit = codec.decode(base64.b64decode(content["network"], validate=True), NetworkFit)
+    except (ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError, CohortiumError):
+        raise StudyError("this is not a model file of a version that can be read") from None
+    if study_id(study) != content.get("study_id"):
+        raise StudyError("the model file was changed: its study does not match its study id")
+    return GlobalModel(study, fitted, fit)
+
+
+def _table(study: Study, frame: Any) -> Table:
+    features = study.cohort.features
+    columns = typed(features, raw_columns(frame, list(features)))
+    rows = len(next(iter(columns.values())))
+    conformed = {}
+    for name, feature in features.items():
+        conformed[name] = conform(name, feature, columns[name])
+        if feature.missing != "impute" and not after_missing(name, "exclude", conformed[name]).all():
+            reason = f"column '{name}' has missing values, and the study does not impute it"
+            raise DataError(f"{reason}: fill them or leave those rows out", public=reason)
+    return Table(rows, conformed)

@@ -1,0 +1,159 @@
+"""From a study to what both halves of a run do: the algorithm, the stages and the sum.
+
+Coordinator and sites compile the same canonical bytes, so they agree without talking about it. Whatever a study asks
+for that this version cannot give is refused here, before any record is read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cohortium.core import document
+from cohortium.core.errors import StudyError
+from cohortium.core.filter import Filter, compile_filter
+from cohortium.core.layout import Layout, size
+from cohortium.core.random import Randomness
+from cohortium.core.stage import Chain, chain
+from cohortium.core.study import Averaging, Category, Descriptive, Feature, Network, Newton, Number, Regression, Study
+from cohortium.learning.algorithm import Algorithm, Then
+from cohortium.learning.descriptive import Describe, Summary
+from cohortium.learning.glm import Glm
+from cohortium.learning.model import GlobalModel
+from cohortium.learning.preprocess import Encoder, Fitted, Preprocess, middle_and_half
+from cohortium.secagg.quantise import fixed_point
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase of a run sends: `values` numbers a round from each site, at most `rounds` rounds.
+
+    `precision` is the largest error that quantisation may leave in an entry of the sum, relative to its bound.
+    """
+
+    name: str
+    values: int
+    rounds: int
+    precision: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled study. Equal studies give equal plans."""
+
+    study: Study
+    study_id: str
+    algorithm: Algorithm[Any, Any, Any]
+    phases: tuple[Phase, ...]
+    where: Filter | None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.study.sites.include
+
+    def stages(self, layout: Layout) -> Chain:
+        """Returns what lies between a site's statistics and the secure sum.
+
+        Raises:
+            StudyError: the range proof fails for this layout.
+        """
+        return chain([fixed_point(layout, len(self.sites), self.study.aggregation.bits)])
+
+    def outcome(self, state: Any) -> GlobalModel | Summary:
+        """Returns what the study yields, from the algorithm's final state."""
+        result = self.algorithm.finish(state)
+        if isinstance(result, Summary):
+            return result
+        fitted, fit = result
+        return GlobalModel(self.study, fitted, fit)
+
+
+def compile_study(study: Study) -> Plan:
+    """Returns the plan of a study.
+
+    Raises:
+        StudyError: the study asks for what cannot be given, or its range proof fails.
+    """
+    study = document.parse(document.document(study))
+    _refuse_what_is_not_offered(study)
+    identity = document.study_id(study)
+    cohort = study.cohort
+    algorithm, second = _algorithm(study, identity)
+    phases = tuple(_phases(study, algorithm, second))
+    where = compile_filter(cohort.where, cohort.features) if cohort.where else None
+    return Plan(study, identity, algorithm, phases, where)
+
+
+def _algorithm(study: Study, identity: str) -> tuple[Algorithm[Any, Any, Any], Algorithm[Any, Any, Any] | None]:
+    """Returns the study's algorithm and, where it has two phases, the second as it would be for a typical cohort."""
+    cohort, scale = study.cohort, study.preprocessing.scale
+    if isinstance(study.model, Descriptive):
+        return Describe(cohort.features, cohort.target, study.model, cohort.maximum), None
+    assert cohort.target is not None and study.training is not None
+    target, training, model = cohort.target, study.training, study.model
+
+    def second(fitted: Fitted) -> Algorithm[Any, Any, Any]:
+        encoder = Encoder(cohort.features, fitted)
+        if isinstance(model, Regression):
+            assert isinstance(training, Newton)
+            return Glm(encoder, target, model, training, scale, cohort.maximum)
+        assert isinstance(model, Network) and isinstance(training, Averaging)
+        return _averaging(study, identity, encoder)
+
+    first = Preprocess(cohort.features, cohort.maximum)
+    return Then(first, Fitted, second, training.rounds), second(_typical(cohort.features))
+
+
+def _averaging(study: Study, identity: str, encoder: Encoder) -> Algorithm[Any, Any, Any]:
+    # PyTorch is an extra, and importing it takes seconds: only a study that needs it pays
+    from cohortium.learning.fedavg import FedAvg, loss_for, mlp
+
+    model, training, target = study.model, study.training, study.cohort.target
+    assert isinstance(model, Network) and isinstance(training, Averaging) and target is not None
+    return FedAvg(
+        module=mlp(len(encoder.columns), model.hidden, model.activation),
+        loss=loss_for(target),  # type: ignore[arg-type]  # a network's target is binary or a number: the study checked
+        features=lambda table: encoder.design(table, study.preprocessing.scale),
+        averaging=training,
+        maximum=study.cohort.maximum,
+        initial=Randomness.of_seed(int(identity.removeprefix("sha256:"), 16)).child("initial weights"),
+    )
+
+
+def _phases(
+    study: Study, algorithm: Algorithm[Any, Any, Any], second: Algorithm[Any, Any, Any] | None
+) -> Iterator[Phase]:
+    parts = [("statistics", algorithm)]
+    if second is not None:
+        assert isinstance(algorithm, Then)
+        parts = [("preprocessing", algorithm.first), (study.model.kind, second)]
+    sites = len(study.sites.include)
+    for name, part in parts:
+        state = part.init()
+        layout = part.layout(part.broadcast(state))
+        stage = fixed_point(layout, sites, study.aggregation.bits)
+        pairs = zip(layout, stage.exponents, strict=True)
+        precision = max(2.0**-exponent / (2 * block.bound) for block, exponent in pairs)
+        yield Phase(name, size(layout), part.progress(state)[0], precision)
+
+
+def _typical(features: dict[str, Feature]) -> Fitted:
+    """Returns a made-up fit from public ranges alone, to know shapes before any data are read."""
+    ranges = {name: middle_and_half(feature.range) for name, feature in features.items() if isinstance(feature, Number)}
+    return Fitted(
+        means={name: middle for name, (middle, _) in ranges.items()},
+        deviations={name: half for name, (_, half) in ranges.items()},
+        modes={name: 0 for name, feature in features.items() if isinstance(feature, Category)},
+    )
+
+
+def _refuse_what_is_not_offered(study: Study) -> None:
+    if study.privacy.epsilon is not None or study.privacy.delta is not None:
+        raise StudyError(
+            "privacy.epsilon and privacy.delta ask for differential privacy, which this version cannot give: remove "
+            "them only if the sites accept a result without it"
+        )
+    if study.aggregation.dropouts:
+        raise StudyError(
+            f"aggregation.dropouts is {study.aggregation.dropouts}: in this version a sum needs every site of the "
+            "study, so set it to 0"
+        )

@@ -1,0 +1,1 @@
+"""The secure sum: whoever adds up the sites' vectors learns the total and no single one."""

@@ -1,0 +1,102 @@
+"""Fixed point: real numbers to integers modulo 2^bits and back, with a proof that no sum can overflow.
+
+Range proof. A block with bound B at n sites uses the scale s, a power of two, only if
+
+    n * (B * s + 1/2) <= 2^(bits-1) - 1,
+
+so that the rounded values of all sites add up inside the signed range whatever the records say. A block for which
+not even s = 1 does is refused. The error of a sum is at most n / (2 s) for each entry.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cohortium.core.errors import ProtocolError, StudyError
+from cohortium.core.layout import Block, Floats, Layout, size
+from cohortium.core.stage import DpEvent
+
+Bits = Literal[32, 64]
+Residues = NDArray[np.uint32] | NDArray[np.uint64]
+
+_SLACK = 1e-9
+"""Relative excess over a bound that rounding in floating point explains; it is clipped, not refused."""
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The stage that turns a packed vector into residues. Build it with `fixed_point`.
+
+    `exponents[i]` is the binary logarithm of block i's scale.
+    """
+
+    layout: Layout
+    bits: Bits
+    exponents: tuple[int, ...]
+
+    def encode(self, vector: Floats) -> Residues:
+        """Returns the site's vector as residues, shape `(size,)`.
+
+        Raises:
+            ProtocolError: an entry is NaN, infinite or beyond its block's bound; nothing is encoded.
+        """
+        if vector.shape != (size(self.layout),) or vector.dtype != np.float64:
+            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit its layout")
+        signed = np.empty(len(vector), dtype=_signed(self.bits))
+        start = 0
+        for block, exponent in zip(self.layout, self.exponents, strict=True):
+            stop = start + block.size
+            part = vector[start:stop]
+            low, high = -block.bound, block.bound
+            edge = high * (1 + _SLACK) if block.excess == "refuse" else np.finfo(np.float64).max
+            if not (-edge <= part.min(initial=0.0) and part.max(initial=0.0) <= edge):
+                raise ProtocolError(f"statistic '{block.name}' is not finite or exceeds its bound {high:g}")
+            scaled = np.clip(part, low, high)
+            scaled *= 2.0**exponent
+            signed[start:stop] = np.rint(scaled, out=scaled)
+            start = stop
+        return signed.view(np.uint32) if self.bits == 32 else signed.view(np.uint64)
+
+    def decode(self, total: Residues) -> Floats:
+        """Returns the sum of the sites' vectors that `total`, a sum of residues, stands for."""
+        signed = total.view(_signed(self.bits)).astype(np.float64)
+        start = 0
+        for block, exponent in zip(self.layout, self.exponents, strict=True):
+            part = signed[start : start + block.size]
+            part *= 2.0**-exponent
+            start += block.size
+        return signed
+
+    def events(self) -> tuple[DpEvent, ...]:
+        """Rounding gives no privacy and costs none."""
+        return ()
+
+
+@lru_cache(maxsize=64)
+def fixed_point(layout: Layout, sites: int, bits: Bits) -> FixedPoint:
+    """Returns the stage for vectors of `layout` from `sites` sites.
+
+    Raises:
+        StudyError: the range proof fails.
+    """
+    return FixedPoint(layout, bits, tuple(_exponent(block, sites, bits) for block in layout))
+
+
+def _exponent(block: Block, sites: int, bits: Bits) -> int:
+    room = (2 ** (bits - 1) - 1) / sites - 0.5
+    if not (math.isfinite(block.bound) and 0 < block.bound <= room):
+        raise StudyError(
+            f"the range proof fails: statistic '{block.name}' may reach {block.bound:.3g} at each of {sites} sites, "
+            f"and their sum could overflow {bits} bits; lower cohort.maximum or set aggregation.bits: 64"
+        )
+    exponent = math.floor(math.log2(room / block.bound))
+    # log2 may round up across a power of two; the proof is checked on exact numbers
+    return exponent if math.ldexp(block.bound, exponent) <= room else exponent - 1
+
+
+def _signed(bits: Bits) -> type[np.int32] | type[np.int64]:
+    return np.int32 if bits == 32 else np.int64

@@ -1,0 +1,24 @@
+"""What a site needs of the world outside."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from cohortium.core.filter import Column
+
+
+class DataSource(Protocol):
+    """A dataset that the site decided to offer."""
+
+    def read(self, names: Sequence[str]) -> Mapping[str, Column]:
+        """Returns the named columns, all of one length: numbers as floats (NaN missing), others as text (None missing).
+
+        Raises:
+            DataError: the data cannot be read, or a column is missing.
+        """
+
+    def fingerprint(self) -> str:
+        """Returns a text that changes when the data do; cheap enough to ask for in every round.
+
+        Raises:
+            DataError: the data are gone.
+        """
