@@ -1,19 +1,26 @@
 """The only place that chooses adapters, the clock and the source of randomness."""
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cohortium.adapters import files
+from cohortium.adapters import bundled, files
 from cohortium.adapters.sources import FileSource, FrameSource
-from cohortium.coordinator.result import Result
+from cohortium.coordinator.result import Result, Simulated, as_json
 from cohortium.core.errors import StudyError, nearest
+from cohortium.core.messages import FromSite, MaskedUpdate
 from cohortium.core.random import Randomness
-from cohortium.core.study import Study
+from cohortium.core.study import BinaryTarget, Descriptive, Study
 from cohortium.engines import local
+from cohortium.engines.comparison import cross_validate
+from cohortium.learning.contract import labels
+from cohortium.learning.descriptive import Summary
+from cohortium.learning.evaluation import Comparison
 from cohortium.learning.model import GlobalModel
 from cohortium.plan import Plan, compile_study
 from cohortium.site.agent import Agent
@@ -40,12 +47,36 @@ def save_model(model: GlobalModel, path: str | Path) -> None:
     files.write(Path(path), model.to_bytes())
 
 
+def write_file(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    files.write(Path(path), data)
+
+
+def example_study() -> str:
+    """Returns the bundled heart-disease study as commented YAML."""
+    return bundled.text("heart-risk.yaml")
+
+
+def load_example() -> Study:
+    """Returns the bundled heart-disease study."""
+    return files.parse_study(example_study())
+
+
+def example_sites() -> dict[str, Path]:
+    """Returns the bundled heart-disease records: one CSV file for each of four hospitals."""
+    return bundled.sites()
+
+
+def descriptive(study: Study) -> Study:
+    """Returns the study that describes another study's cohort."""
+    return replace(study, name=f"{study.name}-description"[:63], model=Descriptive(), training=None)
+
+
 def simulate(
     study: Study,
     sites: Mapping[str, Any],
     *,
     seed: int,
-    tap: local.Tap | None = None,
     progress: local.Progress | None = None,
 ) -> Result:
     """Runs a study in this process, through the messages and state machines that a network would carry.
@@ -57,7 +88,6 @@ def simulate(
         study: the study, from `load_study` or built in Python.
         sites: for each site of the study a file (CSV, TSV, Parquet, JSON) or a pandas, Polars or Arrow frame.
         seed: a whole number from 0 up.
-        tap: sees each message as the coordinator receives it.
         progress: called after each round.
 
     Raises:
@@ -68,18 +98,87 @@ def simulate(
     plan = compile_study(study)
     root = _seeded(seed)
     agents = simulated_agents(plan, sites, root)
-    name = f"simulation-{root.child('run name').bytes(8).hex()}"
-    return local.run(plan, agents, name, time.perf_counter, seed, tap, progress)
+    first = plan.sites[0]
+    masked: list[MaskedUpdate] = []
+
+    def keep_one(message: FromSite) -> None:
+        if isinstance(message, MaskedUpdate) and message.site == first and not masked:
+            masked.append(message)
+
+    result = local.run(plan, agents, _run_name(root), time.perf_counter, keep_one, progress)
+    tables = {name: agent.cohort(plan) for name, agent in agents.items()}
+    patients = {name: table.rows for name, table in tables.items()}
+    sample = local.sample(plan, masked[0], tables[first])
+    return replace(result, simulated=Simulated(seed=seed, patients=patients, sample=sample))
+
+
+def compare(
+    study: Study,
+    sites: Mapping[str, Any],
+    *,
+    seed: int,
+    folds: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Comparison, ...]:
+    """Returns what each site's held-out patients say of the federated model, of its own one and of a pooled one.
+
+    Args:
+        study: a study with a binary target.
+        sites, seed: as for `simulate`.
+        folds: parts that each site's patients are dealt into; each is held out once.
+        progress: called with the number of folds done.
+
+    Raises:
+        StudyError: the target is not binary, or there are fewer than two folds; and what `simulate` raises.
+    """
+    if folds < 2 or not isinstance(study.cohort.target, BinaryTarget):
+        raise StudyError(f"{folds} held-out folds: give 2 or more, and a study with a binary target")
+    plan = compile_study(study)
+    _require_sites(plan, sites)
+    sources = {name: source_of(sites[name]) for name in plan.sites}
+
+    def federate(training: Mapping[str, DataSource]) -> GlobalModel:
+        return simulate(study, training, seed=seed).model
+
+    return cross_validate(plan, sources, federate, folds, _seeded(seed).child("comparison"), progress)
+
+
+def write_report(result: Result, path: str | Path, comparison: tuple[Comparison, ...] = ()) -> None:
+    """Writes a run's report: one HTML page that needs nothing else."""
+    # matplotlib takes a second to import, and only reports need it
+    from cohortium.web.assemble import assemble
+    from cohortium.web.report import render
+
+    page = render(assemble(result, compile_study(result.study), comparison))
+    write_file(path, page.encode())
+
+
+def write_result(result: Result, folder: str | Path, comparison: tuple[Comparison, ...] = ()) -> list[Path]:
+    """Writes result.json, model.json (if there is a model) and report.html, and returns their paths."""
+    folder = Path(folder)
+    written = [folder / "result.json", folder / "report.html"]
+    write_file(written[0], json.dumps(as_json(result, comparison), indent=1, allow_nan=False).encode())
+    write_report(result, written[1], comparison)
+    if not isinstance(result.outcome, Summary):
+        save_model(result.model, folder / "model.json")
+        written.insert(1, folder / "model.json")
+    return written
+
+
+def score_file(model: GlobalModel, path: str | Path) -> tuple[list[str], list[float]]:
+    """Returns the patients' identifiers and their expected targets, in the order of a data file.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or breaks the study's data contract.
+    """
+    patient = model.study.cohort.patient
+    columns = FileSource(Path(path)).read([patient, *model.study.cohort.features])
+    return [str(value) for value in labels(columns[patient])], model.predict_mean(columns).tolist()
 
 
 def simulated_agents(plan: Plan, sites: Mapping[str, Any], root: Randomness) -> dict[str, Agent]:
     """Returns one agent for each site of the study, with identities that follow from `root`."""
-    for name in sites:
-        if name not in plan.sites:
-            raise StudyError(f"data were given for '{name}', which is no site of the study{nearest(name, plan.sites)}")
-    for name in plan.sites:
-        if name not in sites:
-            raise StudyError(f"no data were given for site '{name}': the study needs {', '.join(plan.sites)}")
+    _require_sites(plan, sites)
     identities = {
         name: Ed25519PrivateKey.from_private_bytes(root.child("identity", name).bytes(32)) for name in plan.sites
     }
@@ -92,7 +191,22 @@ def simulated_agents(plan: Plan, sites: Mapping[str, Any], root: Randomness) -> 
 
 def source_of(data: Any) -> DataSource:
     """Returns the data source for a path or a data frame."""
-    return FileSource(Path(data)) if isinstance(data, str | Path) else FrameSource(data)
+    if isinstance(data, str | Path):
+        return FileSource(Path(data))
+    return data if hasattr(data, "fingerprint") else FrameSource(data)
+
+
+def _require_sites(plan: Plan, sites: Mapping[str, Any]) -> None:
+    for name in sites:
+        if name not in plan.sites:
+            raise StudyError(f"data were given for '{name}', which is no site of the study{nearest(name, plan.sites)}")
+    for name in plan.sites:
+        if name not in sites:
+            raise StudyError(f"no data were given for site '{name}': the study needs {', '.join(plan.sites)}")
+
+
+def _run_name(root: Randomness) -> str:
+    return f"simulation-{root.child('run name').bytes(8).hex()}"
 
 
 def _seeded(seed: int) -> Randomness:

@@ -157,3 +157,36 @@ def _refuse_what_is_not_offered(study: Study) -> None:
             f"aggregation.dropouts is {study.aggregation.dropouts}: in this version a sum needs every site of the "
             "study, so set it to 0"
         )
+
+
+def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """Returns what a study guarantees and what it does not, as pairs of a question and its answer, for a steward."""
+    study, sites = plan.study, len(plan.sites)
+    width = study.aggregation.bits // 8
+    vectors = "; ".join(
+        f"{phase.name}: {phase.values:,} integers ({phase.values * width:,} bytes) a round, at most {phase.rounds} "
+        f"round{'' if phase.rounds == 1 else 's'}"
+        for phase in plan.phases
+    )
+    rows = [
+        ("Leaves each hospital", f"one masked vector a round. {vectors[0].upper()}{vectors[1:]}"),
+        (
+            "Who can read it",
+            f"nobody. The coordinator together with up to {sites - 2} of the {sites} hospitals learns only the sum "
+            "over the others, even if it lies, as long as the hospitals' identity keys are pinned",
+        ),
+        ("If hospitals drop", f"a round needs all {sites}: if one is missing it yields nothing"),
+        (
+            "Privacy",
+            "no differential privacy: the sums and the result are exact, and what they reveal of a patient is not "
+            "bounded. Unit: patient",
+        ),
+        ("Precision", f"quantising changes a sum by at most {max(p.precision for p in plan.phases):.1g} of its bound"),
+    ]
+    if isinstance(study.model, Descriptive):
+        least = study.model.small_cells
+        rule = f"a hospital sends no count from 1 to {least - 1} (disclosure control, not differential privacy)"
+        rows.append(("Small cells", rule if least > 1 else "counts of any size are sent"))
+    cohort = study.cohort
+    rows.append(("Takes part", f"a hospital with {cohort.minimum:,} to {cohort.maximum:,} patients in the cohort"))
+    return tuple(rows)

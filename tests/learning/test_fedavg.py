@@ -139,12 +139,25 @@ UNEQUAL = [site(1, 150, 1.0), site(2, 60, -1.0), site(3, 40, 0.3)]
 
 
 def test_scaffold_reaches_the_pooled_optimum_where_fedavg_drifts_away() -> None:
-    settings_ = {"rounds": 60, "steps": 50, "batch_size": 200, "learning_rate": 0.5, "update_bound": 100.0}
+    settings_ = {"rounds": 30, "steps": 20, "batch_size": 200, "learning_rate": 0.5, "update_bound": 100.0}
     best = optimum(pooled(UNEQUAL))
     drifted = flat(in_the_clear(algorithm(**settings_), UNEQUAL, ROOT))
     corrected = flat(in_the_clear(algorithm(scaffold=True, **settings_), UNEQUAL, ROOT))
     assert np.linalg.norm(drifted - best) > 0.1
     assert np.linalg.norm(corrected - best) < 1e-3
+
+
+def test_a_sites_control_is_its_mean_gradient() -> None:
+    """Option II after one full-batch step is option I: the gradient at the parameters received."""
+    subject = algorithm(steps=1, batch_size=200, learning_rate=0.3, scaffold=True)
+    broadcast = replace(subject.broadcast(subject.init()), control=np.array([0.1, -0.2, 0.3, 0.4], np.float32))
+    own = {"control": np.array([-0.3, 0.2, 0.0, 0.1])}
+    statistics, memory = subject.local(broadcast, UNEQUAL[0], own, ROOT)
+    expected = gradient(broadcast.parameters.astype(np.float64), UNEQUAL[0])
+    np.testing.assert_allclose(memory["control"], expected, atol=1e-6)
+    np.testing.assert_allclose(statistics["control"] / statistics["weight"], expected - own["control"], atol=1e-6)
+    step = -0.3 * (expected + broadcast.control - own["control"])
+    np.testing.assert_allclose(statistics["update"] / statistics["weight"], step, atol=1e-6)
 
 
 @pytest.mark.parametrize("update_bound", [100.0, 0.01])

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from cohortium.core.random import Randomness
 from cohortium.learning.evaluation import Comparison, evaluate
 from cohortium.web.report import (
     CategorySummary,
@@ -19,7 +20,7 @@ from cohortium.web.report import (
     SiteCount,
     TrafficRound,
     Wire,
-    WireSample,
+    Sample,
     render,
 )
 
@@ -68,10 +69,10 @@ SIZES = {
 
 
 def comparisons() -> tuple[Comparison, ...]:
-    random = np.random.default_rng(1)
+    random = Randomness.of_seed(1).generator()
     rows = []
     for site, (_, held_out, prevalence) in SIZES.items():
-        target = (random.random(held_out) < prevalence).astype(float)
+        target = (np.arange(held_out) < round(prevalence * held_out)).astype(float)
         base = 2.2 * target - 1.1 + np.log(prevalence / (1 - prevalence)) + random.normal(0, 1.1, held_out)
         models = {
             name: evaluate(target, 1 / (1 + np.exp(-(base + random.normal(0, noise, held_out)))))
@@ -104,13 +105,13 @@ def model() -> FittedModel:
 
 
 def wire() -> Wire:
-    random = np.random.default_rng(2)
+    random = Randomness.of_seed(2).generator()
     names = ("loss", "rows", *["gradient"] * 13, *["hessian"] * 90)
     plain = tuple(int(value) for value in np.concatenate([random.normal(0, 4e7, 60), random.normal(0, 4e6, 45)]))
     masked = tuple(int(value) for value in random.integers(0, 2**32, len(names)))
     traffic = [TrafficRound(round=number, values=105, sent=468, received=330) for number in range(1, 8)]
     return Wire(
-        sample=WireSample(site="zurich", round=3, bits=32, names=names, plain=plain, masked=masked),
+        sample=Sample(site="zurich", round=3, bits=32, names=names, plain=plain, masked=masked),
         traffic=tuple(traffic),
     )
 
@@ -273,9 +274,9 @@ def test_extreme_effects_and_many_hospitals_are_drawn() -> None:
 
 def test_a_wire_sample_needs_entries_of_equal_number() -> None:
     with pytest.raises(ValueError, match="a name, a plain and a masked integer"):
-        WireSample(site="a", round=1, bits=32, names=("x",), plain=(1, 2), masked=(1,))
+        Sample(site="a", round=1, bits=32, names=("x",), plain=(1, 2), masked=(1,))
 
 
 def test_plain_residues_are_shown_with_their_sign() -> None:
-    sample = WireSample(site="a", round=1, bits=32, names=("x",), plain=(2**32 - 5,), masked=(7,))
+    sample = Sample(site="a", round=1, bits=32, names=("x",), plain=(2**32 - 5,), masked=(7,))
     assert "−5" in Checker(render(Report(header=whole().header, wire=Wire(sample=sample)))).text

@@ -23,9 +23,18 @@ def read_study(path: Path) -> Study:
         StudyError: the file cannot be read, is no YAML, or is no study; the message names the file.
     """
     try:
-        return parse(_mapping(_read(path, MAX_DOCUMENT_BYTES)))
+        return parse_study(_read(path, MAX_DOCUMENT_BYTES))
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
+
+
+def parse_study(text: bytes | str) -> Study:
+    """Returns the study of YAML text.
+
+    Raises:
+        StudyError: it is no YAML, or no study.
+    """
+    return parse(_mapping(text.encode() if isinstance(text, str) else text))
 
 
 def read_model(path: Path) -> GlobalModel:

@@ -1,9 +1,14 @@
 """What a run leaves behind."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from cohortium.core.document import document
 from cohortium.core.study import Study
 from cohortium.learning.descriptive import Summary
+from cohortium.learning.evaluation import Comparison
+from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
 
 
@@ -28,6 +33,45 @@ class RoundRecord:
     objective: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One hospital's vector in one round, before and after masking. Only a simulation can see both.
+
+    Attributes:
+        site: the hospital.
+        round: number of the round, from 1.
+        bits: sums are taken modulo 2 to this power.
+        names: the statistic that each entry belongs to.
+        plain: the quantised statistics, as residues or as signed integers.
+        masked: the residues that left the hospital.
+    """
+
+    site: str
+    round: int
+    bits: int
+    names: tuple[str, ...]
+    plain: tuple[int, ...]
+    masked: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.plain) == len(self.masked) > 0:
+            raise ValueError("a wire sample needs a name, a plain and a masked integer for each entry, at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What only a simulation knows: everything was in one process.
+
+    Attributes:
+        patients: how many each site brought.
+        sample: one site's vector before and after masking.
+    """
+
+    seed: int
+    patients: Mapping[str, int]
+    sample: Sample
+
+
 @dataclass(frozen=True)
 class Result:
     """A finished run: its outcome and how it came about.
@@ -37,7 +81,7 @@ class Result:
         outcome: a model that predicts, or a summary for descriptive statistics.
         rounds: one record a round.
         bytes_setup: bytes of all messages before the first round and after the last.
-        seed: the seed of a simulation.
+        simulated: present if the run was simulated.
     """
 
     study: Study
@@ -46,7 +90,7 @@ class Result:
     outcome: GlobalModel | Summary
     rounds: tuple[RoundRecord, ...]
     bytes_setup: int
-    seed: int | None = None
+    simulated: Simulated | None = None
 
     @property
     def model(self) -> GlobalModel:
@@ -58,3 +102,29 @@ class Result:
         if isinstance(self.outcome, Summary):
             raise AttributeError("a descriptive study has a summary and no model: see result.outcome")
         return self.outcome
+
+
+def as_json(result: Result, comparison: Sequence[Comparison] = ()) -> dict[str, Any]:
+    """Returns what a program wants to know of a run, as plain JSON values; a network's weights are left out."""
+    outcome = result.outcome
+    content: dict[str, Any] = {
+        "study_id": result.study_id,
+        "run": result.run,
+        "study": document(result.study),
+        "rounds": [asdict(record) for record in result.rounds],
+        "bytes_setup": result.bytes_setup,
+    }
+    if isinstance(outcome, Summary):
+        content["summary"] = asdict(outcome)
+    else:
+        fit = outcome.fit
+        content["fit"] = asdict(fit) if isinstance(fit, GlmFit) else {"kind": "network", "loss": fit.loss}
+    if result.simulated:
+        content["seed"] = result.simulated.seed
+        content["patients"] = dict(result.simulated.patients)
+        content["sample"] = asdict(result.simulated.sample)
+    if comparison:
+        content["comparison"] = {
+            row.site: {model: asdict(evaluation) for model, evaluation in row.models.items()} for row in comparison
+        }
+    return content

@@ -28,12 +28,14 @@ class Block:
         shape: its shape; `()` is a single number.
         bound: at any site no entry's magnitude exceeds it.
         excess: what to do with a larger one: "refuse" sends nothing, "clip" sends the bound.
+        labels: what the entries of a vector are, for people; empty where numbers in order say enough.
     """
 
     name: str
     shape: tuple[int, ...]
     bound: float
     excess: Literal["refuse", "clip"] = "refuse"
+    labels: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -46,6 +48,17 @@ Layout = tuple[Block, ...]
 def size(layout: Layout) -> int:
     """Returns how many numbers a vector of this layout holds."""
     return sum(block.size for block in layout)
+
+
+def entry_names(layout: Layout) -> tuple[str, ...]:
+    """Returns a name for each number of a vector, such as "sex: male" or "gradient[2]"."""
+    names: list[str] = []
+    for block in layout:
+        if block.labels:
+            names += [f"{block.name}: {label}" for label in block.labels]
+        else:
+            names += [block.name] if not block.shape else [f"{block.name}[{index}]" for index in range(block.size)]
+    return tuple(names)
 
 
 def pack(layout: Layout, statistics: Statistics) -> Floats:

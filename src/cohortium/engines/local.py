@@ -4,16 +4,21 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cohortium.coordinator.result import Result, RoundRecord
+from cohortium.coordinator.result import Result, RoundRecord, Sample
 from cohortium.coordinator.rounds import Broadcast, Effect, Failed, Finished, RoundClosed, RunState, open_run, step
 from cohortium.core import codec
 from cohortium.core.errors import RunFailed
-from cohortium.core.messages import CloseRun, FromSite, OpenRound, ToSite, decode_from_site
+from cohortium.core.layout import entry_names, pack
+from cohortium.core.messages import CloseRun, FromSite, MaskedUpdate, OpenRound, ToSite, decode_from_site
+from cohortium.core.random import Randomness
+from cohortium.learning.table import Table
 from cohortium.plan import Plan
 from cohortium.site.agent import Agent
 
 Tap = Callable[[FromSite], None]
 """Sees what the coordinator sees: every message of a site."""
+_SAMPLED = 4096
+"""Entries of a vector that are kept to show what masking does."""
 Progress = Callable[[RoundClosed], None]
 
 
@@ -59,7 +64,6 @@ def run(
     agents: Mapping[str, Agent],
     name: str,
     clock: Callable[[], float],
-    seed: int | None = None,
     tap: Tap | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -92,7 +96,27 @@ def run(
                     progress(closed)
             case Finished(outcome):
                 setup += sum(wire.read()[:2])
-                return Result(plan.study, plan.study_id, name, outcome, tuple(records), setup, seed)
+                return Result(plan.study, plan.study_id, name, outcome, tuple(records), setup)
             case Failed(error):
                 raise next((agent.failure for agent in agents.values() if agent.failure), None) or error
     raise RunFailed("the run ended without a result")
+
+
+def sample(plan: Plan, update: MaskedUpdate, table: Table) -> Sample:
+    """Returns a site's first update beside what it was before masking, worked out anew from the site's table.
+
+    Every step before the mask is a pure function of study and table, so nothing needs to be taken from the run.
+    """
+    algorithm = plan.algorithm
+    broadcast = algorithm.broadcast(algorithm.init())
+    layout = algorithm.layout(broadcast)
+    statistics, _ = algorithm.local(broadcast, table, {}, Randomness(bytes(32)))
+    plain = plan.stages(layout).encode(pack(layout, statistics))
+    return Sample(
+        site=update.site,
+        round=update.round,
+        bits=plan.study.aggregation.bits,
+        names=entry_names(layout)[:_SAMPLED],
+        plain=tuple(plain[:_SAMPLED].tolist()),
+        masked=tuple(update.values[:_SAMPLED].tolist()),
+    )

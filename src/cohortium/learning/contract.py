@@ -18,9 +18,14 @@ Mask = NDArray[np.bool_]
 def raw_columns(frame: Any, names: Sequence[str]) -> dict[str, Column]:
     """Returns columns of a pandas, Polars or Arrow frame: numbers as floats (missing: NaN), others as text (None).
 
+    A mapping that already holds such columns is taken as it is.
+
     Raises:
         DataError: it is not such a frame, or lacks a column.
     """
+    if isinstance(frame, Mapping):
+        require_columns(names, list(frame))
+        return {name: frame[name] for name in names}
     try:
         table = nw.from_native(frame, eager_only=True)
     except TypeError:
@@ -55,7 +60,7 @@ def typed(features: Mapping[str, Feature], raw: Mapping[str, Column]) -> dict[st
         DataError: a number's column holds text.
     """
     return {
-        name: _numbers(name, raw[name], feature.unit) if isinstance(feature, Number) else _labels(raw[name])
+        name: _numbers(name, raw[name], feature.unit) if isinstance(feature, Number) else labels(raw[name])
         for name, feature in features.items()
     }
 
@@ -74,7 +79,7 @@ def conform(name: str, feature: Feature, column: Column) -> Floats:
 def conform_target(target: Target, raw: Column) -> Floats:
     """Returns the target as a table holds it: 0 or 1, a number within range, or a count; NaN for missing."""
     if isinstance(target, BinaryTarget):
-        return _coded(target.name, _labels(raw), Category(levels=target.levels))
+        return _coded(target.name, labels(raw), Category(levels=target.levels))
     if isinstance(target, NumberTarget):
         numbers = _numbers(target.name, raw, target.unit)
         return _within(target.name, numbers, target.range, target.unit, target.outside)
@@ -111,7 +116,8 @@ def _numbers(name: str, raw: Column, unit: str) -> Floats:
     raise DataError(f"{reason}. Nothing was sent. Correct the column's type.", public=reason)
 
 
-def _labels(raw: Column) -> Column:
+def labels(raw: Column) -> Column:
+    """Returns a column as text, None where missing; a number is written as short as it can be."""
     if raw.dtype.kind != "f":
         return raw
     return np.array([None if np.isnan(value) else f"{value:.15g}" for value in raw], dtype=object)

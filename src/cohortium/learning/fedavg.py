@@ -40,6 +40,8 @@ except ImportError as error:
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Mean loss of a batch, from the module's output and the targets `(n_rows,)`."""
 
+_WORK_FOR_THREADS = 1 << 22
+"""Parameters times rows of a batch from which several threads pay."""
 LOSS_BOUND = 16.0
 """A site's mean loss is reported up to this value; it only informs, no step depends on it."""
 
@@ -219,7 +221,8 @@ class FedAvg:
         pull = torch.tensor(correction, dtype=torch.float32)
         optimiser = self.optimiser(parameters, lr=local.learning_rate)
         losses, seen = 0.0, 0
-        with _seeded(randomness.child("round", broadcast.round)):
+        work = start.numel() * min(local.batch_size, table.rows)
+        with _seeded(randomness.child("round", broadcast.round)), _threads_for(work):
             for rows in _batches(table.rows, local.batch_size, broadcast.round * local.steps, local.steps, randomness):
                 loss = self.loss(module(inputs[rows]), targets[rows])
                 losses, seen = losses + loss.item() * len(rows), seen + len(rows)
@@ -256,6 +259,17 @@ def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 def _vector(parameters: list[torch.nn.Parameter]) -> NDArray[np.float32]:
     vector: NDArray[np.float32] = torch.nn.utils.parameters_to_vector(parameters).detach().float().numpy()
     return vector
+
+
+@contextmanager
+def _threads_for(work: int) -> Iterator[None]:
+    """Keeps small steps on one thread, where handing out work would cost more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if work < _WORK_FOR_THREADS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

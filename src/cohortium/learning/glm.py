@@ -186,7 +186,7 @@ class Glm:
         return (
             Block("patients", (), most),
             Block("target", (), most * max(1.0, law.residual)),
-            Block("gradient", (size,), most * law.residual),
+            Block("gradient", (size,), most * law.residual, labels=("(intercept)", *self.encoder.columns)),
             Block("hessian", (size * (size + 1) // 2,), most * law.curvature),
             Block("loss", (), most * law.worst),
         )
@@ -326,8 +326,7 @@ def _newton_step(hessian: Floats, gradient: Floats) -> Floats:
     scale = np.sqrt(np.diag(hessian))
     if not (scale > 0).all() or np.linalg.eigvalsh(hessian / np.outer(scale, scale))[0] < _SINGULAR:
         raise CohortError("some features repeat others (the Hessian is singular): remove them, or add a ridge penalty")
-    step: Floats = -np.linalg.solve(hessian, gradient)
-    return step
+    return np.asarray(-np.linalg.solve(hessian, gradient), dtype=np.float64)
 
 
 def _inference(glm: Glm, state: GlmState, beta: Floats, covariance: Floats, loss: float, freedom: float) -> GlmFit:

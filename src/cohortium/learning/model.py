@@ -16,7 +16,7 @@ from cohortium.core.layout import Floats
 from cohortium.core.study import BinaryTarget, Network, NumberTarget, Study
 from cohortium.learning.contract import after_missing, conform, raw_columns, typed
 from cohortium.learning.glm import GlmFit
-from cohortium.learning.network import NetworkFit
+from cohortium.learning.network import NetworkFit, forward
 from cohortium.learning.preprocess import Encoder, Fitted, middle_and_half
 from cohortium.learning.table import Table
 
@@ -83,10 +83,10 @@ class GlobalModel:
             return self.fit.predict_mean(self.encoder.design(table, "none"))
         assert isinstance(self.study.model, Network) and self.study.cohort.target is not None
         design = self.encoder.design(table, self.study.preprocessing.scale)
-        output = self.fit.forward(design, self.study.model.activation)
+        output = forward(self.fit, design, self.study.model.activation)
         if isinstance(self.study.cohort.target, NumberTarget):
             middle, half = middle_and_half(self.study.cohort.target.range)
-            return middle + half * output
+            return np.asarray(middle + half * output)
         probability: Floats = special.expit(output)
         return probability
 

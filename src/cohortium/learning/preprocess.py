@@ -18,6 +18,7 @@ from cohortium.learning.algorithm import Memory
 from cohortium.learning.table import Table
 
 Scale = Literal["standard", "range", "none"]
+_MOMENTS = ("patients", "sum", "sum of squares")
 _LEAST_VARIANCE = 1e-8
 """On the unit scale: a spread under a ten-thousandth of half the range counts as constant."""
 
@@ -29,9 +30,9 @@ def middle_and_half(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 def to_unit(values: Floats, bounds: tuple[float, float]) -> Floats:
-    """Returns values on the unit scale, -1..1 over the range."""
+    """Returns values within the range on the unit scale, -1..1; rounding never leads outside."""
     middle, half = middle_and_half(bounds)
-    return (values - middle) / half
+    return np.clip((values - middle) / half, -1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class Preprocess:
     def layout(self, broadcast: FitBroadcast) -> Layout:
         blocks: list[Block] = []
         for name, feature in self.features.items():
-            shape = (3,) if isinstance(feature, Number) else (len(feature.levels),)
-            blocks.append(Block(name, shape, float(self.maximum)))
+            labels = _MOMENTS if isinstance(feature, Number) else feature.levels
+            blocks.append(Block(name, (len(labels),), float(self.maximum), labels=labels))
         return tuple(blocks)
 
     def local(

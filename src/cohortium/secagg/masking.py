@@ -2,6 +2,11 @@
 
     masked_i = x_i + sum over j > i of PRG(seed_ij) - sum over j < i of PRG(seed_ij)      modulo 2^bits
 
+PRG(seed) is AES-256 in counter mode, keyed by the pair's seed of this round and by a digest of what the coordinator
+broadcast. So a coordinator that sends different models to different sites, to make all but one vector predictable
+(Pasquini, Francati and Ateniese, "Eluding Secure Aggregation in Federated Learning via Model Inconsistency", CCS 2022),
+opens nothing.
+
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, section 4,
 without its self masks: the sum opens only if every site of the run contributes.
 
@@ -10,8 +15,10 @@ is all, for n - c >= 2 and honest-but-curious or lying coordinators alike, given
 a site masks once in each round. Not covered: false inputs, refusing to serve, and what a sum reveals.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -40,20 +47,24 @@ class Masker:
     """A site's half. `mask` returns a masked vector and the masker for the rounds after it.
 
     Attributes:
-        keys: one key for each peer of this run.
-        adds: whether the peer's mask is added (the peer's name comes later) or subtracted.
+        keys: one key for each peer of this run, in the order of the peers' names.
+        subtracted: the masks of this many peers, those whose names come earlier, are subtracted, the others added.
         last_round: the last round that was masked; a later one only is accepted.
     """
 
     bits: Bits
     keys: tuple[bytes, ...] = field(repr=False)
-    adds: tuple[bool, ...]
+    subtracted: int
     last_round: int = 0
     _block: int = -1
-    _seeds: tuple[bytes, ...] = field(default=(), repr=False)
+    _blocks: tuple[bytes, ...] = field(default=(), repr=False)
 
-    def mask(self, round_number: int, vector: Residues) -> "tuple[Residues, Masker]":
+    def mask(self, round_number: int, broadcast: bytes, vector: Residues) -> "tuple[Residues, Masker]":
         """Returns the masked vector, same shape and type, and the next masker.
+
+        Args:
+            broadcast: what the coordinator sent for this round. The masks depend on it: if two sites were sent
+                different bytes, theirs do not cancel, and the sum is noise.
 
         Raises:
             ProtocolError: the round is not later than the last one: masking twice with one seed would reveal the
@@ -62,16 +73,11 @@ class Masker:
         if round_number <= self.last_round:
             raise ProtocolError(f"round {round_number} was refused: round {self.last_round} is already masked")
         block, place = divmod(round_number, _ROUNDS_PER_BLOCK)
-        seeds = self._seeds if block == self._block else tuple(_seed_block(key, block) for key in self.keys)
-        masked = vector.copy()
-        for seeds_of_peer, adds in zip(seeds, self.adds, strict=True):
-            operation = np.add if adds else np.subtract
-            start = 0
-            for stream in random_residues(seeds_of_peer[32 * place : 32 * (place + 1)], len(vector), self.bits):
-                part = masked[start : start + len(stream)]
-                operation(part, stream, out=part)
-                start += len(stream)
-        return masked, replace(self, last_round=round_number, _block=block, _seeds=seeds)
+        blocks = self._blocks if block == self._block else tuple(_seed_block(key, block) for key in self.keys)
+        digest = hashlib.blake2b(broadcast, digest_size=32).digest()
+        seeds = [stream_key(seeds[32 * place : 32 * (place + 1)], digest) for seeds in blocks]
+        masked = _masked(vector, seeds[: self.subtracted], seeds[self.subtracted :], self.bits)
+        return masked, replace(self, last_round=round_number, _block=block, _blocks=blocks)
 
 
 def masker(private: X25519PrivateKey, mine: Announcement, announcements: Sequence[Announcement], bits: Bits) -> Masker:
@@ -84,26 +90,62 @@ def masker(private: X25519PrivateKey, mine: Announcement, announcements: Sequenc
         raise ProtocolError("the key set was refused: it lacks the key that this site announced")
     if len(announcements) < LEAST_SITES:
         raise ProtocolError(f"a secure sum over {len(announcements)} sites was refused: it takes {LEAST_SITES}")
-    peers = [peer for peer in announcements if peer.site != mine.site]
+    peers = sorted((peer for peer in announcements if peer.site != mine.site), key=lambda peer: peer.site)
     keys = tuple(pair_key(private, mine, peer) for peer in peers)
-    return Masker(bits, keys, tuple(mine.site < peer.site for peer in peers))
+    return Masker(bits, keys, sum(peer.site < mine.site for peer in peers))
 
 
-def random_residues(seed: bytes, count: int, bits: Bits) -> Iterator[Residues]:
-    """Yields `count` random residues of a 32-byte seed, in pieces: AES-256-CTR from counter block 0^12 || 00000002."""
-    kind = np.dtype(np.uint32 if bits == 32 else np.uint64)
+def stream_key(seed: bytes, digest: bytes) -> bytes:
+    """Returns the AES-256 key of a pair's stream for one round and one broadcast.
+
+    Source: NIST SP 800-56C rev. 2, one-step key derivation with SHA-256: counter 1, the secret, the public part.
+    """
+    return hashlib.sha256(b"\x00\x00\x00\x01" + seed + digest).digest()
+
+
+def random_residues(key: bytes, count: int, bits: Bits) -> Iterator[Residues]:
+    """Yields `count` random residues of a 32-byte key, in pieces: AES-256-CTR from counter block 0^12 || 00000002."""
+    kind = _kind(bits)
     length = count * kind.itemsize
     if length <= _CHUNK:
-        # GCM under a zero nonce encrypts with exactly this counter sequence, in one call without set-up
-        yield np.frombuffer(AESGCM(seed).encrypt(_COUNTER[:12], _ZEROS[:length], None), kind, count)
+        yield np.frombuffer(_short_stream(key, length), kind)
         return
-    encryptor = Cipher(algorithms.AES(seed), modes.CTR(_COUNTER)).encryptor()
+    encryptor = Cipher(algorithms.AES(key), modes.CTR(_COUNTER)).encryptor()
     stream = bytearray(_CHUNK)
     zeros = memoryview(_ZEROS)
     for start in range(0, length, _CHUNK):
         piece = min(_CHUNK, length - start)
         encryptor.update_into(zeros[:piece], stream)
         yield np.frombuffer(stream, kind, piece // kind.itemsize)
+
+
+def _masked(vector: Residues, subtract: Sequence[bytes], add: Sequence[bytes], bits: Bits) -> Residues:
+    if vector.nbytes * (len(subtract) + len(add)) <= _CHUNK:
+        # for short vectors the calls cost more than the arithmetic: sum all streams of a sign at once
+        kind = _kind(bits)
+        streams = b"".join([_short_stream(key, vector.nbytes) for key in (*subtract, *add)])
+        rows = np.frombuffer(streams, kind).reshape(-1, len(vector))
+        less, more = rows[: len(subtract)], rows[len(subtract) :]
+        masked: Residues = vector + more.sum(axis=0, dtype=kind) - less.sum(axis=0, dtype=kind)
+        return masked
+    masked = vector.copy()
+    for operation, keys in ((np.subtract, subtract), (np.add, add)):
+        for key in keys:
+            start = 0
+            for stream in random_residues(key, len(vector), bits):
+                part = masked[start : start + len(stream)]
+                operation(part, stream, out=part)
+                start += len(stream)
+    return masked
+
+
+def _short_stream(key: bytes, length: int) -> bytes:
+    # GCM under a zero nonce encrypts with exactly this counter sequence, in one call without set-up
+    return AESGCM(key).encrypt(_COUNTER[:12], _ZEROS[:length], None)[:length]
+
+
+def _kind(bits: Bits) -> "np.dtype[np.unsignedinteger[Any]]":
+    return np.dtype(np.uint32 if bits == 32 else np.uint64)
 
 
 def _seed_block(key: bytes, block: int) -> bytes:

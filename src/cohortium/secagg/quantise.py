@@ -11,7 +11,7 @@ not even s = 1 does is refused. The error of a sum is at most n / (2 s) for each
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from cohortium.core.layout import Block, Floats, Layout, size
 from cohortium.core.stage import DpEvent
 
 Bits = Literal[32, 64]
-Residues = NDArray[np.uint32] | NDArray[np.uint64]
+Residues = NDArray[np.unsignedinteger[Any]]
 
 _SLACK = 1e-9
 """Relative excess over a bound that rounding in floating point explains; it is clipped, not refused."""

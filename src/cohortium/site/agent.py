@@ -7,7 +7,8 @@ from cohortium.core.errors import CohortiumError, DataError, SiteError
 from cohortium.core.messages import CloseRun, FromSite, OpenRun, Refusal, ToSite, decode_to_site
 from cohortium.core.random import Randomness
 from cohortium.learning.table import Table
-from cohortium.site import cohort
+from cohortium.plan import Plan
+from cohortium.site.cohort import load
 from cohortium.site.ports import DataSource
 from cohortium.site.session import LoadCohort, Membership, Session, step
 
@@ -63,7 +64,7 @@ class Agent:
             self._session, effects = step(self._session, events.pop())
             for effect in effects:
                 if isinstance(effect, LoadCohort):
-                    events.append(self._load(effect))
+                    events.append(self.cohort(effect.plan))
                 else:
                     answers.append(effect.message)
         return answers
@@ -74,10 +75,11 @@ class Agent:
         self._served.add(message.run)
         self._session = Session(self.membership, self.randomness.child("run", message.run))
 
-    def _load(self, effect: LoadCohort) -> Table:
-        key = (effect.plan.study_id, self.source.fingerprint())
+    def cohort(self, plan: Plan) -> Table:
+        """Returns the plan's cohort at this site; it is read again when the data have changed."""
+        key = (plan.study_id, self.source.fingerprint())
         if self._cached is None or self._cached[:2] != key:
-            self._cached = (*key, cohort.load(effect.plan, self.source))
+            self._cached = (*key, load(plan, self.source))
         return self._cached[2]
 
     def _refuse(self, run: str, failure: Exception, reason: str) -> bytes:

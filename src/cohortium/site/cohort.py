@@ -1,6 +1,7 @@
 """From a dataset to the study's cohort at this site: filter, contract, patients counted once, and enough of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,11 +20,39 @@ def columns_needed(plan: Plan) -> list[str]:
     return [cohort.patient, *cohort.features, *target]
 
 
+@dataclass(frozen=True)
+class Subset:
+    """The rows of a dataset whose patients are listed. Itself a data source."""
+
+    source: DataSource
+    patient: str
+    keep: frozenset[float | str]
+
+    def read(self, names: Sequence[str]) -> Mapping[str, Column]:
+        columns = self.source.read([self.patient, *names])
+        rows = np.array([identifier in self.keep for identifier in columns[self.patient]], dtype=bool)
+        return {name: columns[name][rows] for name in names}
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()} {hash(self.keep)}"
+
+
 def load(plan: Plan, source: DataSource) -> Table:
-    """Returns the cohort's patients, one row each, as the study's data contract describes them.
+    """Returns the cohort as `assemble` does, if the site has enough patients for the study and not too many.
 
     Raises:
         DataError: the data break the contract, no patient passes, or there are too few or too many.
+    """
+    _, table = assemble(plan, source)
+    _enough(table.rows, plan.study.cohort.minimum, plan.study.cohort.maximum)
+    return table
+
+
+def assemble(plan: Plan, source: DataSource) -> tuple[Column, Table]:
+    """Returns the identifiers and the rows of the cohort's patients, as the study's data contract describes them.
+
+    Raises:
+        DataError: the data break the contract.
     """
     cohort = plan.study.cohort
     raw = source.read(columns_needed(plan))
@@ -41,9 +70,7 @@ def load(plan: Plan, source: DataSource) -> Table:
     if cohort.target is not None:
         target = conform_target(cohort.target, raw[cohort.target.name])
         stay &= after_missing(cohort.target.name, cohort.target.missing, target)
-    table = Table(len(stay), conformed, target).take(stay)
-    _enough(table.rows, cohort.minimum, cohort.maximum)
-    return table
+    return raw[cohort.patient][stay], Table(len(stay), conformed, target).take(stay)
 
 
 def _one_row_each(patient: str, raw: Mapping[str, Column]) -> None:

@@ -62,6 +62,7 @@ class Session:
 
     membership: Membership
     randomness: Randomness
+    training: Randomness | None = None
     plan: Plan | None = None
     run: str = ""
     private: X25519PrivateKey | None = field(default=None, repr=False)
@@ -104,7 +105,9 @@ def _open_run(session: Session, message: OpenRun) -> tuple[Session, list[Effect]
     plan = compile_study(from_canonical(message.study))
     if session.membership.site not in plan.sites:
         raise ProtocolError("the study was refused: it does not include this site")
-    return replace(session, plan=plan, run=message.run), [LoadCohort(plan)]
+    return replace(session, plan=plan, run=message.run, training=session.randomness.child("training")), [
+        LoadCohort(plan)
+    ]
 
 
 def _announce(session: Session) -> tuple[Session, list[Effect]]:
@@ -129,14 +132,13 @@ def _agree(session: Session, message: KeySet) -> tuple[Session, list[Effect]]:
 
 
 def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Session, list[Effect]]:
-    assert session.plan is not None and session.masker is not None
+    assert session.plan is not None and session.masker is not None and session.training is not None
     algorithm = session.plan.algorithm
     broadcast = codec.decode(opened.broadcast, algorithm.broadcast_type)
     layout = algorithm.layout(broadcast)
-    training = session.randomness.child("training")
     with np.errstate(all="ignore"):  # what overflows becomes infinite, and `pack` refuses that
-        statistics, memory = algorithm.local(broadcast, table, session.memory, training)
+        statistics, memory = algorithm.local(broadcast, table, session.memory, session.training)
     encoded = session.plan.stages(layout).encode(pack(layout, statistics))
-    masked, later = session.masker.mask(opened.round, encoded)
+    masked, later = session.masker.mask(opened.round, opened.broadcast, encoded)
     update = MaskedUpdate(session.run, session.membership.site, opened.round, masked)
     return replace(session, masker=later, waiting=None, memory=memory), [Send(update)]

@@ -11,6 +11,7 @@ import matplotlib as mpl
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cohortium.learning.evaluation import Calibration, Roc
@@ -123,7 +124,7 @@ def forest(
         axes.set_xlabel(axis_label)
         if legend:
             looks = [key for key in LOOKS if any(key == i.look for group in groups for i in group.intervals)]
-            figure.legend(handles=_handles(axes, looks), loc="outside upper center", ncols=3, columnspacing=1.2)
+            figure.legend(handles=_handles(looks), loc="outside upper center", ncols=3, columnspacing=1.2)
         description = "; ".join(f"{group.label}: {_spoken(group)}" for group in groups)
         return _finished(figure, name, title, f"{axis_label} with intervals. {description}.")
 
@@ -207,7 +208,7 @@ def sparkline(counts: Sequence[int | None], label: str) -> Markup:
         if count
     )
     opening = f'<svg class="spark" viewBox="0 0 96 25" role="img" aria-label="{escape(label)}">'
-    return Markup(f'{opening}<path d="M0 24.5H96"/>{bars}</svg>')
+    return Markup(f'{opening}<path d="M0 24.5H96"/>{bars}</svg>')  # noqa: S704  the label is escaped, the rest is numbers
 
 
 @contextmanager
@@ -242,28 +243,26 @@ def _square(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _draw_group(axes: Axes, row: int, group: Group, most: int) -> None:
+    logarithmic = axes.get_xscale() == "log"
     for place, interval in enumerate(group.intervals):
         y = row + (0.66 * ((place + 0.5) / most - 0.5) if most > 1 else 0.0)
-        look, estimate = LOOKS[interval.look], interval.estimate
-        size = 7 if look.marker == "o" else 6
-        marker, x = look.marker, estimate
-        if axes.get_xscale() == "log":
+        look, estimate, ends = LOOKS[interval.look], interval.estimate, [interval.low, interval.high]
+        known = [end for end in ends if end is not None]
+        marker = look.marker
+        if logarithmic:
             marker = "<" if estimate < 1 / _WIDEST else ">" if estimate > _WIDEST else marker
-            x = _within(estimate)
-        if interval.low is not None and interval.high is not None:
-            ends = (interval.low, interval.high)
-            ends = ends if axes.get_xscale() != "log" else (_within(ends[0]), _within(ends[1]))
-            axes.plot(ends, (y, y), color=look.colour, linewidth=1.8, solid_capstyle="butt")
-        axes.plot(x, y, marker, color=look.colour, markersize=size, mec=SURFACE, mew=1, clip_on=False)
+            estimate, known = _within(estimate), [_within(end) for end in known]
+        if len(known) == 2:
+            axes.plot(known, (y, y), color=look.colour, linewidth=1.8, solid_capstyle="butt")
+        size = 7 if marker == "o" else 6
+        axes.plot(estimate, y, marker, color=look.colour, markersize=size, mec=SURFACE, mew=1, clip_on=False)
     if not group.intervals:
         axes.text(0.5, row, "cannot be estimated", transform=axes.get_yaxis_transform(), ha="center", va="center")
 
 
-def _handles(axes: Axes, looks: Sequence[str]) -> list[mpl.lines.Line2D]:
-    return [
-        mpl.lines.Line2D([], [], color=LOOKS[key].colour, marker=LOOKS[key].marker, label=LOOKS[key].label)
-        for key in looks
-    ]
+def _handles(looks: Sequence[str]) -> list[Line2D]:
+    chosen = [LOOKS[key] for key in looks]
+    return [Line2D([], [], color=look.colour, marker=look.marker, label=look.label) for look in chosen]
 
 
 def _within(effect: float) -> float:
@@ -286,7 +285,8 @@ def _octaves(axes: Axes, values: Sequence[float | None]) -> None:
 def _spoken(group: Group) -> str:
     def one(interval: Interval) -> str:
         ends = "" if interval.low is None else f" ({interval.low:.2f} to {interval.high:.2f})"
-        return f"{LOOKS[interval.look].label} {interval.estimate:.2f}{ends}"
+        label = f"{LOOKS[interval.look].label} " if len(group.intervals) > 1 else ""
+        return f"{label}{interval.estimate:.2f}{ends}"
 
     return ", ".join(one(interval) for interval in group.intervals) or "cannot be estimated"
 
@@ -316,4 +316,4 @@ def _finished(figure: Figure, name: str, title: str, description: str) -> Markup
         f'aria-labelledby="{name}-title {name}-description"><title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-description">{escape(description)}</desc>'
     )
-    return Markup(opening + drawn)
+    return Markup(opening + drawn)  # noqa: S704  Matplotlib and `escape` have escaped every text in it

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from cohortium.coordinator.result import Sample
 from cohortium.learning.evaluation import Comparison, mean_auc
 from cohortium.web import plots
 
@@ -88,31 +89,6 @@ class FittedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WireSample:
-    """One hospital's vector in one round, before and after masking. Only a simulation can see both.
-
-    Attributes:
-        site: the hospital.
-        round: number of the round, from 1.
-        bits: sums are taken modulo 2 to this power.
-        names: the statistic that each entry belongs to.
-        plain: the quantised statistics, as residues or as signed integers.
-        masked: the residues that left the hospital.
-    """
-
-    site: str
-    round: int
-    bits: int
-    names: tuple[str, ...]
-    plain: tuple[int, ...]
-    masked: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not len(self.names) == len(self.plain) == len(self.masked) > 0:
-            raise ValueError("a wire sample needs a name, a plain and a masked integer for each entry, at least one")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrafficRound:
     """One round's traffic of one hospital: integers and bytes sent, bytes received."""
 
@@ -126,7 +102,7 @@ class TrafficRound:
 class Wire:
     """What the coordinator saw. `traffic` holds the protected rounds of one hospital; all hospitals send alike."""
 
-    sample: WireSample | None = None
+    sample: Sample | None = None
     traffic: tuple[TrafficRound, ...] = ()
 
 
@@ -141,8 +117,8 @@ class NumberSummary:
     n: int
     missing: float
     unit: str
-    mean: float
-    sd: float
+    mean: float | None
+    sd: float | None
     quantiles: tuple[tuple[float, float], ...] = ()
     histogram: tuple[int | None, ...] = ()
     low: float = 0.0
@@ -306,7 +282,7 @@ def _signed(value: int, bits: int) -> int:
     return (value + half) % (2 * half) - half
 
 
-def _wire_plots(sample: WireSample) -> tuple[Markup, Markup]:
+def _wire_plots(sample: Sample) -> tuple[Markup, Markup]:
     def plot(name: str, title: str, values: Sequence[int], kind: plots.WireKind) -> Markup:
         return plots.scatter_of_integers(name, title, [_signed(v, sample.bits) for v in values], sample.bits, kind)
 
@@ -316,7 +292,7 @@ def _wire_plots(sample: WireSample) -> tuple[Markup, Markup]:
     )
 
 
-def _wire_rows(sample: WireSample) -> list[tuple[str, int, int]]:
+def _wire_rows(sample: Sample) -> list[tuple[str, int, int]]:
     entries = zip(sample.names, sample.plain, sample.masked, strict=True)
     rows = [(name, _signed(plain, sample.bits), masked % 2**sample.bits) for name, plain, masked in entries]
     return rows[:_INTEGERS_LISTED]
@@ -324,7 +300,7 @@ def _wire_rows(sample: WireSample) -> list[tuple[str, int, int]]:
 
 def _breakable(name: str) -> Markup:
     """Returns a name that a narrow column may break before a bracket or after an underscore."""
-    return Markup(escape(name).replace("[", Markup("<wbr>[")).replace("_", Markup("_<wbr>")))
+    return Markup("<wbr>[").join(Markup("_<wbr>").join(part.split("_")) for part in name.split("["))
 
 
 def _exponential(value: float) -> float:
@@ -344,11 +320,16 @@ def _decimal(value: float | None, places: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{places}f}".replace("-", "−")
 
 
-def _significant(value: float | None, digits: int = 4) -> str:
-    """Returns a number with so many significant digits; a large one keeps all that stand before the point."""
+def _significant(value: float | None, digits: int = 4, *, zeros: bool = False) -> str:
+    """Returns a number with so many significant digits, trailing zeros on request.
+
+    A large number keeps every digit before the point.
+    """
     if value is None or math.isnan(value):
         return "–"
-    written = f"{value:,.0f}" if 10**digits <= abs(value) < 1e15 else f"{value:#.{digits}g}".rstrip(".")
+    written = (
+        f"{value:,.0f}" if 10**digits <= abs(value) < 1e15 else f"{value:{'#' if zeros else ''}.{digits}g}".rstrip(".")
+    )
     return written.replace("-", "−")
 
 

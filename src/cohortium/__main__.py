@@ -1,0 +1,5 @@
+"""`python -m cohortium`."""
+
+from cohortium.cli.app import main
+
+main()

@@ -1,0 +1,46 @@
+"""The `cohortium` command."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from cohortium.cli import demo, model, study
+from cohortium.cli.output import report_error
+from cohortium.core.errors import CohortiumError
+
+app = typer.Typer(
+    help="Hospitals learn models and run clinical statistics together while every record stays home.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 refused by a policy.",
+)
+app.command("demo")(demo.demo)
+app.add_typer(study.app, name="study")
+app.add_typer(model.app, name="model")
+app.command("predict")(model.predict)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cohortium {version('cohortium')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Hospitals learn models and run clinical statistics together while every record stays home."""
+
+
+def main() -> None:
+    """Runs the command line; an error that Cohortium foresees is one sentence and an exit code."""
+    try:
+        app()
+    except CohortiumError as error:
+        sys.exit(report_error(error, as_json="--json" in sys.argv))

@@ -1,0 +1,53 @@
+"""`cohortium model` and `cohortium predict`: look at a model file and score patients with it."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cohortium import bootstrap
+from cohortium.cli.output import Json, Output, Quiet
+from cohortium.cli.results import show_model
+
+app = typer.Typer(help="Look at a model file and score patients with it.", no_args_is_help=True)
+
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.json).", show_default=False)]
+
+
+@app.command()
+def show(path: ModelFile, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Show a model's study and coefficients."""
+    model = bootstrap.load_model(path)
+    output = Output(as_json, quiet)
+    output.say(f"{model.study.name} v{model.study.version}: {model.study.purpose.summary}")
+    show_model(output, model)
+    output.result(json.loads(model.to_bytes()))
+
+
+@app.command()
+def predict(
+    path: ModelFile,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Patients to score: CSV, TSV, Parquet or JSON.")],
+    out: Annotated[Path | None, typer.Option(help="Write a CSV file instead of printing.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score patients: one line each, in the order of the data."""
+    model = bootstrap.load_model(path)
+    identifiers, scores = bootstrap.score_file(model, data)
+    patient = model.study.cohort.patient
+    column = f"expected_{model.study.cohort.target.name}" if model.study.cohort.target else "score"
+    output = Output(as_json, quiet)
+    lines = io.StringIO(newline="")
+    table = csv.writer(lines)
+    table.writerow((patient, column))
+    table.writerows(zip(identifiers, scores, strict=True))
+    if out:
+        bootstrap.write_file(out, lines.getvalue().encode())
+        output.say(f"Wrote {len(scores):,} scores to {out}")
+    elif not (as_json or quiet):
+        print(lines.getvalue(), end="")
+    output.result({"column": column, "patients": identifiers, "scores": scores})

@@ -1,0 +1,86 @@
+"""How results look in a terminal."""
+
+from cohortium.cli.output import Output
+from cohortium.coordinator.result import Result
+from cohortium.learning.descriptive import NumberSummary, Summary
+from cohortium.learning.evaluation import Comparison, mean_auc
+from cohortium.learning.glm import GlmFit
+from cohortium.learning.model import GlobalModel
+
+_COLUMNS = {"federated": "together", "alone": "alone", "pooled": "pooled rows"}
+
+
+def show_outcome(output: Output, result: Result, comparison: tuple[Comparison, ...] = ()) -> None:
+    """Prints a model's coefficients or a cohort's summary, and the comparison if there is one."""
+    if isinstance(result.outcome, Summary):
+        show_summary(output, result.outcome)
+    else:
+        show_model(output, result.outcome)
+    if comparison:
+        show_comparison(output, comparison, result.study.model.kind)
+    up, down = sum(r.bytes_up for r in result.rounds), sum(r.bytes_down for r in result.rounds)
+    sites = len(result.study.sites.include)
+    output.say(
+        f"{len(result.rounds)} rounds in {sum(r.seconds for r in result.rounds):.2f} s; "
+        f"each site sent {up // sites:,} bytes and received {down // sites:,}"
+    )
+
+
+def show_model(output: Output, model: GlobalModel) -> None:
+    """Prints a regression's table, or a network's size."""
+    fit = model.fit
+    if not isinstance(fit, GlmFit):
+        output.say(f"A network with {sum(weight.size for weight in fit.weights):,} parameters, loss {fit.loss:.4f}")
+        return
+    columns = zip(fit.names, fit.coefficients, fit.errors, fit.lower, fit.upper, fit.p_values, strict=True)
+    rows = [
+        [name, f"{estimate:.4f}", f"{error:.4f}", f"{low:.4f}", f"{high:.4f}", f"{p:.2g}"]
+        for name, estimate, error, low, high, p in columns
+    ]
+    title = f"{fit.kind} regression of {fit.patients:,} patients"
+    level = f"{model.study.model.confidence:.0%}"  # type: ignore[union-attr]  # a GlmFit comes from a Regression
+    output.table(title, ["", "coefficient", "std. error", f"{level} low", f"{level} high", "p"], rows)
+
+
+def show_summary(output: Output, summary: Summary) -> None:
+    """Prints a cohort's Table 1."""
+    numbers = [feature for feature in summary.features if isinstance(feature, NumberSummary)]
+    quantiles = [f"q{quantile.q:g}" for quantile in numbers[0].quantiles] if numbers else []
+    rows = [
+        [
+            feature.name,
+            f"{feature.known:,}",
+            f"{feature.missing_rate:.1%}",
+            *("–" if value is None else f"{value:.4g}" for value in (feature.mean, feature.sd)),
+            *(f"{quantile.value:.4g} ±{quantile.within:.2g}" for quantile in feature.quantiles),
+        ]
+        for feature in numbers
+    ]
+    if rows:
+        output.table(f"Numbers, {summary.n:,} patients", ["", "known", "missing", "mean", "sd", *quantiles], rows)
+    levels = []
+    for feature in summary.features:
+        if not isinstance(feature, NumberSummary):
+            for level, count in zip(feature.levels, feature.counts, strict=True):
+                share = f"{count / feature.known:.1%}" if feature.known else "–"
+                levels.append([f"{feature.name}: {level}", f"{count:,}", share])
+            if feature.hidden:
+                levels.append([f"{feature.name}: (withheld)", f"{feature.hidden:,}", ""])
+    if levels:
+        output.table("Categories", ["", "patients", "share"], levels)
+
+
+def show_comparison(output: Output, comparison: tuple[Comparison, ...], name: str) -> None:
+    """Prints each site's held-out AUC together, alone and pooled."""
+    rows = [[row.site, *(_auc(row, model) for model in _COLUMNS)] for row in comparison]
+    means = [mean_auc(comparison, model) for model in _COLUMNS]
+    rows.append(["mean", *("–" if mean is None else f"{mean:.3f}" for mean in means)])
+    output.table(f"{name}: AUC on held-out patients, 95% interval", ["site", *_COLUMNS.values()], rows)
+
+
+def _auc(row: Comparison, model: str) -> str:
+    one = row.models[model]
+    if one.auc is None:
+        return "–"
+    interval = "" if one.auc_low is None else f" ({one.auc_low:.2f}–{one.auc_high:.2f})"
+    return f"{one.auc:.3f}{interval}"

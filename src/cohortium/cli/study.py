@@ -1,0 +1,148 @@
+"""`cohortium study`: write, check and simulate a study file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cohortium import bootstrap
+from cohortium.cli.output import Json, Output, Quiet
+from cohortium.cli.results import show_outcome
+from cohortium.coordinator.result import as_json
+from cohortium.core.document import document, json_schema
+from cohortium.core.errors import StudyError
+from cohortium.core.study import BinaryTarget, Study
+from cohortium.learning.evaluation import Comparison
+from cohortium.plan import compile_study, protection
+
+app = typer.Typer(help="Write, check and simulate study files.", no_args_is_help=True)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).", show_default=False)]
+SiteData = Annotated[
+    list[str],
+    typer.Option(
+        "--site",
+        metavar="NAME=FILE",
+        help="A site's data: CSV, TSV, Parquet or JSON. Once for each site.",
+        default_factory=list,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of all keys and random choices; equal seeds give equal bits.", min=0)]
+
+
+@app.command()
+def new(
+    path: Annotated[Path, typer.Argument(help="Where to write the study file.")] = Path("study.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a commented study file to start from."""
+    if path.exists() and not force:
+        raise StudyError(f"{path} exists already: choose another name, or overwrite it with --force")
+    bootstrap.write_file(path, bootstrap.example_study().encode())
+    output = Output(as_json, quiet)
+    output.say(f"Wrote {path}. Next: cohortium study check {path}")
+    output.result({"study": str(path)})
+
+
+@app.command()
+def check(path: StudyFile, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Say what a study guarantees, before anything runs."""
+    study = bootstrap.load_study(path)
+    plan = compile_study(study)
+    output = Output(as_json, quiet)
+    promises = protection(plan)
+    output.say(f"{study.name} v{study.version}  {plan.study_id}")
+    output.pairs(promises)
+    output.result(
+        {
+            "study": document(study),
+            "study_id": plan.study_id,
+            "guarantees": dict(promises),
+            "phases": [
+                {"name": phase.name, "values": phase.values, "rounds": phase.rounds, "precision": phase.precision}
+                for phase in plan.phases
+            ],
+        }
+    )
+
+
+@app.command()
+def simulate(
+    path: StudyFile,
+    seed: Seed,
+    site: SiteData,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for result.json, model.json and report.html.", show_default="STUDY-result"),
+    ] = None,
+    folds: Annotated[
+        int,
+        typer.Option(
+            help="Also compare with each site alone and with pooled rows, by this many held-out folds.", min=0
+        ),
+    ] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a study on this machine, through the messages that a network would carry."""
+    study = bootstrap.load_study(path)
+    _run(study, _sites(site), seed, out or Path(f"{study.name}-result"), folds, Output(as_json, quiet))
+
+
+@app.command()
+def describe(
+    path: StudyFile,
+    seed: Seed,
+    site: SiteData,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for result.json and report.html.", show_default="STUDY-description")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Describe a study's cohort over all sites: counts, missing values, means, quantiles, histograms."""
+    study = bootstrap.load_study(path)
+    described = bootstrap.descriptive(study)
+    _run(described, _sites(site), seed, out or Path(f"{study.name}-description"), 0, Output(as_json, quiet))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of study files, for editors that check and complete them."""
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _run(study: Study, sites: dict[str, Path], seed: int, out: Path, folds: int, output: Output) -> None:
+    if folds == 1 or (folds and not isinstance(study.cohort.target, BinaryTarget)):
+        raise StudyError(f"--folds {folds}: give 2 or more, and a study with a binary target")
+    with output.bar(f"{study.name}: rounds") as bar:
+        result = bootstrap.simulate(study, sites, seed=seed, progress=bar.closed)
+    comparison = compared(study, sites, seed, folds, output) if folds else ()
+    written = bootstrap.write_result(result, out, comparison)
+    show_outcome(output, result, comparison)
+    output.say(f"Wrote {', '.join(str(path) for path in written)}")
+    output.result(as_json(result, comparison) | {"files": [str(path) for path in written]})
+
+
+def compared(study: Study, sites: Mapping[str, Path], seed: int, folds: int, output: Output) -> tuple[Comparison, ...]:
+    """Returns the held-out comparison, under a progress bar."""
+    with output.bar(f"{study.name}: held-out folds") as bar:
+        return bootstrap.compare(
+            study, sites, seed=seed, folds=folds, progress=lambda done: bar.step(done, folds, f"fold {done} of {folds}")
+        )
+
+
+def _sites(assignments: list[str]) -> dict[str, Path]:
+    sites: dict[str, Path] = {}
+    for assignment in assignments:
+        name, separator, path = assignment.partition("=")
+        if not (name and separator and path):
+            raise StudyError(f"--site {assignment}: write NAME=FILE, as in --site zurich=zurich.csv")
+        if name in sites:
+            raise StudyError(f"--site {name} is given twice: give each site once")
+        sites[name] = Path(path)
+    return sites

@@ -1,0 +1,112 @@
+"""What federation is worth: the federated model against each hospital alone and against all rows in one place.
+
+Only a simulation can make this comparison, since it reads every hospital's data. Patients are held out by stratified
+cross-validation inside each hospital, so every patient is scored once by models that never saw that patient.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from cohortium.core.errors import CohortiumError
+from cohortium.core.layout import Floats
+from cohortium.core.random import Randomness
+from cohortium.core.study import BinaryTarget, Study
+from cohortium.learning.algorithm import in_the_clear
+from cohortium.learning.alone import narrowed, recoded
+from cohortium.learning.evaluation import Comparison, evaluate
+from cohortium.learning.model import GlobalModel
+from cohortium.learning.table import Table, pooled
+from cohortium.plan import Plan, compile_study
+from cohortium.site.cohort import Subset, assemble
+from cohortium.site.ports import DataSource
+
+Federate = Callable[[Mapping[str, DataSource]], GlobalModel]
+
+
+@dataclass(frozen=True)
+class _Site:
+    source: DataSource
+    identifiers: np.ndarray
+    table: Table
+    outcome: Floats
+    fold: np.ndarray
+
+    def subset(self, patient: str, rows: np.ndarray) -> Subset:
+        return Subset(self.source, patient, frozenset(self.identifiers[rows].tolist()))
+
+
+def cross_validate(
+    plan: Plan,
+    sources: Mapping[str, DataSource],
+    federate: Federate,
+    folds: int,
+    randomness: Randomness,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Comparison, ...]:
+    """Returns each site's held-out evaluation of the models "federated", "alone" and "pooled".
+
+    Args:
+        plan: of a study with a binary target.
+        federate: runs the study over the given sources, with every protection on.
+        folds: parts that each site's patients are dealt into; each part is held out once.
+        progress: called with the number of folds done.
+    """
+    assert isinstance(plan.study.cohort.target, BinaryTarget)
+    sites = {
+        name: _site(plan, source, folds, randomness.child("folds", name).generator())
+        for name, source in sources.items()
+    }
+    scores = {name: {model: np.full(site.table.rows, np.nan) for model in _MODELS} for name, site in sites.items()}
+    patient = plan.study.cohort.patient
+    for fold in range(folds):
+        training = {name: site.subset(patient, site.fold != fold) for name, site in sites.items()}
+        tables = {name: site.table.take(site.fold != fold) for name, site in sites.items()}
+        federated = federate(training)
+        together = fit_in_the_clear(plan.study, pooled(list(tables.values())), randomness.child("pooled", fold))
+        for name, site in sites.items():
+            held_out = site.fold == fold
+            rows = site.table.take(held_out)
+            scores[name]["federated"][held_out] = federated.score(rows)
+            scores[name]["pooled"][held_out] = together.score(rows)
+            mine = randomness.child("alone", name, fold)
+            scores[name]["alone"][held_out] = _score_alone(plan.study, tables[name], rows, mine)
+        if progress:
+            progress(fold + 1)
+    return tuple(
+        Comparison(name, {model: evaluate(site.outcome, score) for model, score in scores[name].items()})
+        for name, site in sites.items()
+    )
+
+
+def fit_in_the_clear(study: Study, table: Table, randomness: Randomness) -> GlobalModel:
+    """Returns the model that the study's algorithm fits to rows in one place, without protection."""
+    plan = compile_study(study)
+    fitted, fit = in_the_clear(plan.algorithm, [table], randomness)
+    return GlobalModel(plan.study, fitted, fit)
+
+
+_MODELS = ("federated", "alone", "pooled")
+
+
+def _site(plan: Plan, source: DataSource, folds: int, generator: np.random.Generator) -> _Site:
+    identifiers, table = assemble(plan, source)
+    assert table.target is not None
+    fold = np.empty(table.rows, dtype=np.int64)
+    for level in np.unique(table.target):
+        rows = generator.permutation(np.flatnonzero(table.target == level))
+        fold[rows] = (np.arange(len(rows)) + generator.integers(folds)) % folds
+    return _Site(source, identifiers, table, table.target, fold)
+
+
+def _score_alone(study: Study, training: Table, rows: Table, randomness: Randomness) -> Floats:
+    """Returns what the hospital's own model predicts, or its base rate where its patients support no model."""
+    assert training.target is not None
+    try:
+        narrow = narrowed(study, training)
+        wide, features = study.cohort.features, narrow.cohort.features
+        model = fit_in_the_clear(narrow, recoded(training, wide, features), randomness)
+        return model.score(recoded(rows, wide, features))
+    except CohortiumError:
+        return np.full(rows.rows, training.target.mean())
