@@ -21,27 +21,46 @@ The seeds must be those of the published run: after so few steps the initial wei
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table as Grid
 from sklearn.model_selection import train_test_split
 
+from cohortium.bootstrap import simulated_agents
 from cohortium.core.layout import Floats
 from cohortium.core.random import Randomness
-from cohortium.core.study import Averaging, BinaryTarget, Local, Server
-from cohortium.learning.algorithm import in_the_clear
+from cohortium.core.study import (
+    Averaging,
+    BinaryTarget,
+    Cohort,
+    Local,
+    Network,
+    Number,
+    Privacy,
+    Purpose,
+    Server,
+    Sites,
+    Study,
+)
+from cohortium.engines import local
+from cohortium.learning.algorithm import Then, in_the_clear
 from cohortium.learning.fedavg import FedAvg, loss_for, mlp
 from cohortium.learning.network import NetworkFit, forward
+from cohortium.learning.preprocess import Fitted, Preprocess
 from cohortium.learning.table import Table
+from cohortium.plan import compile_study
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("COHORTIUM_DATA", ROOT.parent / "shared" / "data")) / "uci_heart_disease"
@@ -96,6 +115,25 @@ class Heart:
     train: tuple[Table, ...]
     test: tuple[Table, ...]
     pooled: Table
+
+
+PLAN = compile_study(
+    Study(
+        name="fed-heart-disease",
+        purpose=Purpose(summary="FLamby's Fed-Heart-Disease"),
+        sites=Sites(include=HOSPITALS),
+        cohort=Cohort(
+            dataset="heart",
+            patient="patient",
+            features={f"x{index:02d}": Number(unit="1", range=(-50, 50)) for index in range(13)},
+            target=BinaryTarget(name="num"),
+            maximum=1000,
+        ),
+        model=Network(hidden=()),
+        training=Averaging(rounds=15),
+        privacy=Privacy(),
+    )
+)
 
 
 def features(table: Table) -> Floats:
@@ -155,8 +193,18 @@ def algorithm(averaging: Averaging, seed: int, optimiser: type[torch.optim.Optim
 
 
 def train(subject: FedAvg, tables: Sequence[Table], seed: int) -> NetworkFit:
-    """Runs a federated row."""
-    return in_the_clear(subject, tables, Randomness.of_seed(seed))
+    """Runs a federated row through the local engine: messages, quantisation and masks as in any study."""
+    plan = replace(
+        PLAN, algorithm=Then(Preprocess(PLAN.study.cohort.features, subject.maximum), Fitted, lambda _: subject, 15)
+    )
+    frames = {
+        name: pd.DataFrame({**table.columns, "num": table.target, "patient": np.arange(table.rows)})
+        for name, table in zip(HOSPITALS, tables, strict=True)
+    }
+    agents = simulated_agents(plan, frames, Randomness.of_seed(seed), lambda _: plan)
+    fit = local.run(plan, agents, f"seed-{seed}", time.perf_counter).model.fit
+    assert isinstance(fit, NetworkFit)
+    return fit
 
 
 def train_alone(table: Table, seed: int) -> NetworkFit:
@@ -177,25 +225,16 @@ def run(heart: Heart, seed: int) -> dict[str, float]:
     fits = {"pooled": train_alone(heart.pooled, seed)}
     fits |= {f"site_{name}": train_alone(table, seed) for name, table in zip(HOSPITALS, heart.train, strict=True)}
     for name, strategy in STRATEGIES.items():
-        local = Local(
+        steps = Local(
             steps=100,
             batch_size=4,
             learning_rate=strategy.learning_rate,
             proximal=strategy.proximal,
             scaffold=strategy.scaffold,
         )
-        averaging = Averaging(rounds=15, local=local, server=strategy.server)
+        averaging = Averaging(rounds=15, local=steps, server=strategy.server)
         fits[name] = train(algorithm(averaging, seed), heart.train, seed)
     return {name: accuracy(fit, heart.test) for name, fit in fits.items()}
-
-
-def processor() -> str:
-    """Returns the processor's model, which is all that is recorded of the machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def show(means: Mapping[str, float]) -> None:

@@ -22,7 +22,7 @@ from cohortium.learning.contract import labels
 from cohortium.learning.descriptive import Summary
 from cohortium.learning.evaluation import Comparison
 from cohortium.learning.model import GlobalModel
-from cohortium.plan import Plan, compile_study
+from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.site.agent import Agent
 from cohortium.site.ports import DataSource
 from cohortium.site.session import Membership
@@ -176,7 +176,9 @@ def score_file(model: GlobalModel, path: str | Path) -> tuple[list[str], list[fl
     return [str(value) for value in labels(columns[patient])], model.predict_mean(columns).tolist()
 
 
-def simulated_agents(plan: Plan, sites: Mapping[str, Any], root: Randomness) -> dict[str, Agent]:
+def simulated_agents(
+    plan: Plan, sites: Mapping[str, Any], root: Randomness, compiler: Compiler = compile_study
+) -> dict[str, Agent]:
     """Returns one agent for each site of the study, with identities that follow from `root`."""
     _require_sites(plan, sites)
     identities = {
@@ -184,7 +186,7 @@ def simulated_agents(plan: Plan, sites: Mapping[str, Any], root: Randomness) -> 
     }
     pinned = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
     return {
-        name: Agent(Membership(name, identity, pinned), source_of(sites[name]), root.child("site", name))
+        name: Agent(Membership(name, identity, pinned), source_of(sites[name]), root.child("site", name), compiler)
         for name, identity in identities.items()
     }
 

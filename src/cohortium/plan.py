@@ -4,8 +4,9 @@ Coordinator and sites compile the same canonical bytes, so they agree without ta
 for that this version cannot give is refused here, before any record is read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from cohortium.core import document
@@ -21,6 +22,9 @@ from cohortium.learning.glm import Glm
 from cohortium.learning.model import GlobalModel
 from cohortium.learning.preprocess import Encoder, Fitted, Preprocess, middle_and_half
 from cohortium.secagg.quantise import fixed_point
+
+MAX_VALUES = 50_000_000
+"""Most numbers that a site sends in a round; a hostile study shall not exhaust a site's memory."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class Plan:
             return result
         fitted, fit = result
         return GlobalModel(self.study, fitted, fit)
+
+
+Compiler = Callable[[Study], Plan]
+"""What turns a study into a plan; a site installs it, nobody sends it."""
 
 
 def compile_study(study: Study) -> Plan:
@@ -146,7 +154,24 @@ def _typical(features: dict[str, Feature]) -> Fitted:
     )
 
 
+def _values(study: Study) -> int:
+    """Returns how many numbers the study's largest vector holds, worked out before anything is allocated."""
+    cohort, model = study.cohort, study.model
+    columns = sum(1 if isinstance(feature, Number) else len(feature.levels) - 1 for feature in cohort.features.values())
+    if isinstance(model, Regression):
+        return (columns + 2) * (columns + 3) // 2
+    if isinstance(model, Network):
+        widths = (columns, *model.hidden, 1)
+        return sum((inner + 1) * outer for inner, outer in pairwise(widths))
+    return (columns + 2 * len(cohort.features)) * max(1, len(model.quantiles)) * model.bins
+
+
 def _refuse_what_is_not_offered(study: Study) -> None:
+    if _values(study) > MAX_VALUES:
+        raise StudyError(
+            f"a site would have to send about {_values(study):.2g} numbers a round, and {MAX_VALUES:.2g} is the most: "
+            "use fewer features, levels, bins or units"
+        )
     if study.privacy.epsilon is not None or study.privacy.delta is not None:
         raise StudyError(
             "privacy.epsilon and privacy.delta ask for differential privacy, which this version cannot give: remove "

@@ -17,10 +17,10 @@ from cohortium.web.report import (
     Headline,
     NumberSummary,
     Report,
+    Sample,
     SiteCount,
     TrafficRound,
     Wire,
-    Sample,
     render,
 )
 

@@ -55,7 +55,7 @@ def compile_filter(text: str, features: Mapping[str, Feature]) -> Filter:
         raise StudyError(f"cohort.where has {len(text)} characters: {_MAX_LENGTH} is the most")
     try:
         truth = _Compiler(features).truth(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
         example = "age >= 18 and sex == 'female'"
         raise StudyError(f"cohort.where cannot be read: {text!r}; write for example: {example}") from None
     return lambda columns: truth(columns) == 1.0

@@ -103,6 +103,22 @@ class GlobalModel:
             return np.take(self.classes_, (mean > 0.5).astype(int))
         return mean
 
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        # asked for by scikit-learn alone, so it is there
+        from sklearn.utils import ClassifierTags, RegressorTags, Tags, TargetTags
+
+        binary = isinstance(self.study.cohort.target, BinaryTarget)
+        return Tags(
+            estimator_type="classifier" if binary else "regressor",
+            target_tags=TargetTags(required=False),
+            classifier_tags=ClassifierTags(multi_class=False) if binary else None,
+            regressor_tags=None if binary else RegressorTags(),
+            requires_fit=False,
+        )
+
     def to_bytes(self) -> bytes:
         """Returns the model as JSON. It holds no patient's data."""
         fit: dict[str, Any] = {"glm": asdict(self.fit)} if isinstance(self.fit, GlmFit) else {}

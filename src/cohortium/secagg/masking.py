@@ -124,7 +124,7 @@ def _masked(vector: Residues, subtract: Sequence[bytes], add: Sequence[bytes], b
         # for short vectors the calls cost more than the arithmetic: sum all streams of a sign at once
         kind = _kind(bits)
         streams = b"".join([_short_stream(key, vector.nbytes) for key in (*subtract, *add)])
-        rows = np.frombuffer(streams, kind).reshape(-1, len(vector))
+        rows = np.frombuffer(streams, kind).reshape(len(subtract) + len(add), len(vector))
         less, more = rows[: len(subtract)], rows[len(subtract) :]
         masked: Residues = vector + more.sum(axis=0, dtype=kind) - less.sum(axis=0, dtype=kind)
         return masked

@@ -5,11 +5,13 @@ Range proof. A block with bound B at n sites uses the scale s, a power of two, o
     n * (B * s + 1/2) <= 2^(bits-1) - 1,
 
 so that the rounded values of all sites add up inside the signed range whatever the records say. A block for which
-not even s = 1 does is refused. The error of a sum is at most n / (2 s) for each entry.
+not even s = 1 does is refused. The error of a sum is at most n / (2 s) for each entry; at 64 bits, where a total may
+have more digits than a float, half a unit in its last place comes on top.
 """
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ Residues = NDArray[np.unsignedinteger[Any]]
 
 _SLACK = 1e-9
 """Relative excess over a bound that rounding in floating point explains; it is clipped, not refused."""
+_MOST_EXPONENT = 1000
+"""A larger scale, for a bound next to nothing, would be infinite in floating point."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,15 @@ def fixed_point(layout: Layout, sites: int, bits: Bits) -> FixedPoint:
 
 
 def _exponent(block: Block, sites: int, bits: Bits) -> int:
-    room = (2 ** (bits - 1) - 1) / sites - 0.5
+    room = Fraction(2 ** (bits - 1) - 1, sites) - Fraction(1, 2)
     if not (math.isfinite(block.bound) and 0 < block.bound <= room):
         raise StudyError(
             f"the range proof fails: statistic '{block.name}' may reach {block.bound:.3g} at each of {sites} sites, "
             f"and their sum could overflow {bits} bits; lower cohort.maximum or set aggregation.bits: 64"
         )
-    exponent = math.floor(math.log2(room / block.bound))
-    # log2 may round up across a power of two; the proof is checked on exact numbers
-    return exponent if math.ldexp(block.bound, exponent) <= room else exponent - 1
+    # exact numbers, since a float rounds 2^63 - 1 up; the largest power of two that goes into their quotient
+    quotient = math.floor(room / Fraction(block.bound))
+    return min(quotient.bit_length() - 1, _MOST_EXPONENT)
 
 
 def _signed(bits: Bits) -> type[np.int32] | type[np.int64]:

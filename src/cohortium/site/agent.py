@@ -7,7 +7,7 @@ from cohortium.core.errors import CohortiumError, DataError, SiteError
 from cohortium.core.messages import CloseRun, FromSite, OpenRun, Refusal, ToSite, decode_to_site
 from cohortium.core.random import Randomness
 from cohortium.learning.table import Table
-from cohortium.plan import Plan
+from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.site.cohort import load
 from cohortium.site.ports import DataSource
 from cohortium.site.session import LoadCohort, Membership, Session, step
@@ -23,12 +23,14 @@ class Agent:
         membership: who the site is and whom it trusts.
         source: the dataset that the site offers.
         randomness: the root of the agent's keys; from the operating system outside simulations.
+        compiler: turns a study into a plan.
         failure: the last failure in full, for the site's own staff; the coordinator gets its public half.
     """
 
     membership: Membership
     source: DataSource
     randomness: Randomness
+    compiler: Compiler = compile_study
     failure: Exception | None = None
     _session: Session | None = None
     _served: set[str] = field(default_factory=set)
@@ -73,7 +75,7 @@ class Agent:
         if message.run in self._served:
             raise CohortiumError("a run was refused: its name was used before")
         self._served.add(message.run)
-        self._session = Session(self.membership, self.randomness.child("run", message.run))
+        self._session = Session(self.membership, self.randomness.child("run", message.run), self.compiler)
 
     def cohort(self, plan: Plan) -> Table:
         """Returns the plan's cohort at this site; it is read again when the data have changed."""

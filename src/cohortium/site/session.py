@@ -18,7 +18,7 @@ from cohortium.core.messages import Announcement, CloseRun, FromSite, KeySet, Ma
 from cohortium.core.random import Randomness
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.table import Table
-from cohortium.plan import Plan, compile_study
+from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.secagg import keys
 from cohortium.secagg.masking import Masker, masker
 
@@ -62,6 +62,7 @@ class Session:
 
     membership: Membership
     randomness: Randomness
+    compiler: Compiler = compile_study
     training: Randomness | None = None
     plan: Plan | None = None
     run: str = ""
@@ -102,7 +103,7 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
 
 
 def _open_run(session: Session, message: OpenRun) -> tuple[Session, list[Effect]]:
-    plan = compile_study(from_canonical(message.study))
+    plan = session.compiler(from_canonical(message.study))
     if session.membership.site not in plan.sites:
         raise ProtocolError("the study was refused: it does not include this site")
     return replace(session, plan=plan, run=message.run, training=session.randomness.child("training")), [

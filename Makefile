@@ -1,0 +1,66 @@
+# Cohortium's tasks. Everything runs in .venv, made with nothing but Python 3.11+ and the network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+# one stamp for each set of packages, renewed when what they need changes
+$(VENV)/.demo: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,torch]'
+	@touch $@ $(VENV)/.demo
+
+setup: $(VENV)/.test ## everything for development, PyTorch too
+
+demo: $(VENV)/.demo ## four real hospitals learn one model; writes cohortium-demo/report.html
+	$(BIN)/cohortium demo --out cohortium-demo
+
+test: lint type arch ## lint, types, import contracts and the tests
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-all: lint type arch ## the slow tests too
+	$(BIN)/python -m pytest -n $(WORKERS) -m ''
+
+lint: $(VENV)/.test ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.test ## mypy, strict
+	$(BIN)/mypy
+
+arch: $(VENV)/.test ## import contracts
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.test ## regenerate the reference pages and run every code block
+	$(BIN)/python tools/study_reference.py
+	$(BIN)/python tools/command_reference.py
+	$(BIN)/python -m pytest tests/docs
+
+bench: bench-engine bench-flamby ## all benchmarks
+
+bench-flamby: $(VENV)/.test ## FLamby's Fed-Heart-Disease, five seeds
+	$(BIN)/python benchmarks/bench_flamby.py
+
+bench-engine: $(VENV)/.test ## overhead of the local engine
+	$(BIN)/python benchmarks/bench_engine.py
+
+format: $(VENV)/.test ## let ruff rewrite the layout
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and what tools left
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
