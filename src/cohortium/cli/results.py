@@ -6,6 +6,7 @@ from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison, mean_auc
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
+from cohortium.learning.quantile import Quantile, decimals
 
 _COLUMNS = {"federated": "together", "alone": "alone", "pooled": "pooled rows"}
 
@@ -45,19 +46,12 @@ def show_model(output: Output, model: GlobalModel) -> None:
 def show_summary(output: Output, summary: Summary) -> None:
     """Prints a cohort's Table 1."""
     numbers = [feature for feature in summary.features if isinstance(feature, NumberSummary)]
-    quantiles = [f"q{quantile.q:g}" for quantile in numbers[0].quantiles] if numbers else []
-    rows = [
-        [
-            feature.name,
-            f"{feature.known:,}",
-            f"{feature.missing_rate:.1%}",
-            *("–" if value is None else f"{value:.4g}" for value in (feature.mean, feature.sd)),
-            *(f"{quantile.value:.4g} ±{quantile.within:.2g}" for quantile in feature.quantiles),
-        ]
-        for feature in numbers
-    ]
-    if rows:
-        output.table(f"Numbers, {summary.n:,} patients", ["", "known", "missing", "mean", "sd", *quantiles], rows)
+    if numbers:
+        title, spread = f"Numbers, {summary.n:,} patients", ["known", "missing", "mean", "sd"]
+        output.table(title, ["", *spread], [_moments(feature) for feature in numbers])
+        quantiles = [f"{quantile.q:.0%}" for quantile in numbers[0].quantiles]
+        rows = [[feature.name, *(_quantile(one, feature.sd) for one in feature.quantiles)] for feature in numbers]
+        output.table("Quantiles (± where they are uncertain)", ["", *quantiles], rows)
     levels = []
     for feature in summary.features:
         if not isinstance(feature, NumberSummary):
@@ -84,3 +78,15 @@ def _auc(row: Comparison, model: str) -> str:
         return "–"
     interval = "" if one.auc_low is None else f" ({one.auc_low:.2f}–{one.auc_high:.2f})"
     return f"{one.auc:.3f}{interval}"
+
+
+def _moments(feature: NumberSummary) -> list[str]:
+    places = decimals(feature.sd)
+    moments = ("–" if value is None else f"{value:.{places}f}" for value in (feature.mean, feature.sd))
+    return [feature.name, f"{feature.known:,}", f"{feature.missing_rate:.1%}", *moments]
+
+
+def _quantile(quantile: Quantile, sd: float | None) -> str:
+    places = decimals(sd)
+    within = f"{quantile.within:.{places}f}"
+    return f"{quantile.value:.{places}f}" + (f" ±{within}" if float(within) else "")

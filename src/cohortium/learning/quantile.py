@@ -123,3 +123,8 @@ class Bracket:
         high_rank = (max(through, self.rank) + max(through + self.hidden, self.rank)) / 2
         value = self.low + (self.high - self.low) * (self.rank - 0.5 - low_rank) / (high_rank - low_rank)
         return Quantile(self.q, value, max(value - self.low, self.high - value))
+
+
+def decimals(spread: float | None) -> int:
+    """Returns how many decimals show a value to less than a hundredth of its spread."""
+    return max(0, 2 - math.floor(math.log10(spread))) if spread else 3

@@ -6,6 +6,7 @@ from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison, mean_auc
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
+from cohortium.learning.quantile import decimals
 from cohortium.plan import Plan, protection
 from cohortium.web import report
 
@@ -120,7 +121,7 @@ def _table_one(summary: Summary, study: Study) -> "list[report.FeatureSummary]":
                     unit=_unit(feature.name, study),
                     mean=feature.mean,
                     sd=feature.sd,
-                    quantiles=tuple((quantile.q, quantile.value) for quantile in feature.quantiles),
+                    quantiles=tuple((one.q, round(one.value, decimals(feature.sd))) for one in feature.quantiles),
                     histogram=feature.histogram.counts,
                     low=edges[0],
                     high=edges[-1],
