@@ -77,6 +77,7 @@ def simulate(
     sites: Mapping[str, Any],
     *,
     seed: int,
+    keep_sample: bool = False,
     progress: local.Progress | None = None,
 ) -> Result:
     """Runs a study in this process, through the messages and state machines that a network would carry.
@@ -88,6 +89,8 @@ def simulate(
         study: the study, from `load_study` or built in Python.
         sites: for each site of the study a file (CSV, TSV, Parquet, JSON) or a pandas, Polars or Arrow frame.
         seed: a whole number from 0 up.
+        keep_sample: keep one site's vector before and after masking, to show what masking does. The report then
+            shows that site's own sums.
         progress: called after each round.
 
     Raises:
@@ -105,10 +108,11 @@ def simulate(
         if isinstance(message, MaskedUpdate) and message.site == first and not masked:
             masked.append(message)
 
-    result = local.run(plan, agents, _run_name(root), time.perf_counter, keep_one, progress)
+    tap = keep_one if keep_sample else None
+    result = local.run(plan, agents, _run_name(root), time.perf_counter, tap, progress)
     tables = {name: agent.cohort(plan) for name, agent in agents.items()}
     patients = {name: table.rows for name, table in tables.items()}
-    sample = local.sample(plan, masked[0], tables[first])
+    sample = local.sample(plan, masked[0], tables[first]) if masked else None
     return replace(result, simulated=Simulated(seed=seed, patients=patients, sample=sample))
 
 

@@ -34,7 +34,7 @@ def demo(
     output.say(f"{study.name} v{study.version}: {study.purpose.summary}")
     output.pairs(protection(plan))
     with output.bar("rounds") as bar:
-        result = bootstrap.simulate(study, sites, seed=seed, progress=bar.closed)
+        result = bootstrap.simulate(study, sites, seed=seed, keep_sample=True, progress=bar.closed)
     comparison = compared(study, sites, seed, folds, output)
     show_outcome(output, result, comparison)
     content = result_json(result, comparison)

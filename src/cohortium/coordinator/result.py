@@ -64,12 +64,12 @@ class Simulated:
 
     Attributes:
         patients: how many each site brought.
-        sample: one site's vector before and after masking.
+        sample: one site's vector before and after masking, if it was asked for: it shows that site's own sums.
     """
 
     seed: int
     patients: Mapping[str, int]
-    sample: Sample
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def as_json(result: Result, comparison: Sequence[Comparison] = ()) -> dict[str, 
     if result.simulated:
         content["seed"] = result.simulated.seed
         content["patients"] = dict(result.simulated.patients)
-        content["sample"] = asdict(result.simulated.sample)
+        content["sample"] = asdict(result.simulated.sample) if result.simulated.sample else None
     if comparison:
         content["comparison"] = {
             row.site: {model: asdict(evaluation) for model, evaluation in row.models.items()} for row in comparison

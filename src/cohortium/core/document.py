@@ -59,7 +59,9 @@ def from_canonical(data: bytes) -> Study:
     if len(data) > MAX_DOCUMENT_BYTES:
         raise StudyError(f"a study of {len(data)} bytes was refused; {MAX_DOCUMENT_BYTES} is the most")
     try:
-        study = parse(json.loads(data))
+        content = json.loads(data)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could not be answered
+        study = parse(content)
     except (ValueError, RecursionError):
         raise StudyError("the study's bytes are not JSON") from None
     if canonical_bytes(study) != data:

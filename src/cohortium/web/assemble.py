@@ -131,6 +131,8 @@ def _table_one(summary: Summary, study: Study) -> "list[report.FeatureSummary]":
             least = study.model.small_cells  # type: ignore[union-attr]  # a Summary comes from a Descriptive
             pairs = zip(feature.levels, feature.counts, strict=True)
             levels = tuple((level, count if count or least == 1 else None) for level, count in pairs)
+            if feature.hidden:
+                levels += (("(withheld)", feature.hidden),)
             rows.append(
                 report.CategorySummary(name=feature.name, n=feature.known, missing=feature.missing_rate, levels=levels)
             )
