@@ -54,7 +54,7 @@ class Output:
         """Prints a table; the first column is text, the others numbers."""
         table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left")
+            table.add_column(column, justify="right" if index else "left", overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self._console.print(table)

@@ -20,9 +20,9 @@ def show_outcome(output: Output, result: Result, comparison: tuple[Comparison, .
     if comparison:
         show_comparison(output, comparison, result.study.model.kind)
     up, down = sum(r.bytes_up for r in result.rounds), sum(r.bytes_down for r in result.rounds)
-    sites = len(result.study.sites.include)
+    sites, rounds = len(result.study.sites.include), len(result.rounds)
     output.say(
-        f"{len(result.rounds)} rounds in {sum(r.seconds for r in result.rounds):.2f} s; "
+        f"{rounds} round{'' if rounds == 1 else 's'} in {sum(r.seconds for r in result.rounds):.2f} s; "
         f"each site sent {up // sites:,} bytes and received {down // sites:,}"
     )
 
@@ -56,8 +56,10 @@ def show_summary(output: Output, summary: Summary) -> None:
     for feature in summary.features:
         if not isinstance(feature, NumberSummary):
             for level, count in zip(feature.levels, feature.counts, strict=True):
-                share = f"{count / feature.known:.1%}" if feature.known else "–"
-                levels.append([f"{feature.name}: {level}", f"{count:,}", share])
+                # a zero beside withheld patients may be one of theirs
+                sure = count > 0 or not feature.hidden
+                share = f"{count / feature.known:.1%}" if feature.known and sure else "–"
+                levels.append([f"{feature.name}: {level}", f"{count:,}" if sure else "–", share])
             if feature.hidden:
                 levels.append([f"{feature.name}: (withheld)", f"{feature.hidden:,}", ""])
     if levels:

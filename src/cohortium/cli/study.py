@@ -27,6 +27,7 @@ SiteData = Annotated[
         metavar="NAME=FILE",
         help="A site's data: CSV, TSV, Parquet or JSON. Once for each site.",
         default_factory=list,
+        show_default=False,
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all keys and random choices; equal seeds give equal bits.", min=0)]

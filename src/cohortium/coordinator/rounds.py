@@ -8,10 +8,12 @@ The state holds only the running sum of masked updates, so not even a masked vec
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from cohortium.core import codec
 from cohortium.core.document import canonical_bytes
@@ -76,14 +78,16 @@ class Failed:
 Effect = Broadcast | RoundClosed | Finished | Failed
 
 
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stands. Start one with `open_run`."""
+class RunState(msgspec.Struct, frozen=True):
+    """Where a run stands. Start one with `open_run`.
+
+    A struct and not a dataclass, because it is replaced with every message.
+    """
 
     plan: Plan
     run: str
     phase: Literal["keys", "round", "over"]
-    keys: Mapping[str, Announcement] = field(default_factory=dict)
+    keys: Mapping[str, Announcement] = msgspec.field(default_factory=dict)
     learned: Any = None
     """The algorithm's state."""
     number: int = 0

@@ -113,7 +113,7 @@ class _Compiler:
     def _value(self, name: str, node: ast.expr) -> float | str:
         feature = self._features[name]
         sign = 1.0
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        if isinstance(feature, Number) and isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             sign, node = -1.0, node.operand
         value = node.value if isinstance(node, ast.Constant) else None
         if isinstance(feature, Number):

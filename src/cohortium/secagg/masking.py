@@ -2,10 +2,10 @@
 
     masked_i = x_i + sum over j > i of PRG(seed_ij) - sum over j < i of PRG(seed_ij)      modulo 2^bits
 
-PRG(seed) is AES-256 in counter mode, keyed by the pair's seed of this round and by a digest of what the coordinator
-broadcast. So a coordinator that sends different models to different sites, to make all but one vector predictable
-(Pasquini, Francati and Ateniese, "Eluding Secure Aggregation in Federated Learning via Model Inconsistency", CCS 2022),
-opens nothing.
+PRG(seed) is the AES-256-GCM keystream under the pair's seed of this round, and its nonce is a digest of what the
+coordinator broadcast. So a coordinator that sends different models to different sites, to make all but one vector
+predictable, opens nothing (the attack: Pasquini, Francati and Ateniese, "Eluding Secure Aggregation in Federated Learning
+via Model Inconsistency", CCS 2022).
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, section 4,
 without its self masks: the sum opens only if every site of the run contributes.
@@ -17,15 +17,16 @@ a site masks once in each round. Not covered: false inputs, refusing to serve, a
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from msgspec.structs import replace
 
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import Announcement
@@ -38,26 +39,30 @@ LEAST_SITES = 3
 _ROUNDS_PER_BLOCK = 16
 """Seeds derived at a time. Each is its own stretch of HKDF output: knowing one tells nothing of the others."""
 _CHUNK = 1 << 18
+_TAG = 16
 _ZEROS = bytes(_CHUNK)
-_COUNTER = bytes(15) + b"\x02"
 
 
-@dataclass(frozen=True)
-class Masker:
+class Masker(msgspec.Struct, frozen=True):
     """A site's half. `mask` returns a masked vector and the masker for the rounds after it.
 
     Attributes:
         keys: one key for each peer of this run, in the order of the peers' names.
         subtracted: the masks of this many peers, those whose names come earlier, are subtracted, the others added.
         last_round: the last round that was masked; a later one only is accepted.
+        block, block_seeds: the stretch of rounds whose seeds are at hand, and those seeds, in one string for each peer.
     """
 
     bits: Bits
-    keys: tuple[bytes, ...] = field(repr=False)
+    keys: tuple[bytes, ...]
     subtracted: int
     last_round: int = 0
-    _block: int = -1
-    _blocks: tuple[bytes, ...] = field(default=(), repr=False)
+    block: int = -1
+    block_seeds: tuple[bytes, ...] = ()
+
+    def __repr__(self) -> str:
+        # the rest is secret
+        return f"Masker(bits={self.bits}, peers={len(self.keys)}, last_round={self.last_round})"
 
     def mask(self, round_number: int, broadcast: bytes, vector: Residues) -> "tuple[Residues, Masker]":
         """Returns the masked vector, same shape and type, and the next masker.
@@ -73,11 +78,11 @@ class Masker:
         if round_number <= self.last_round:
             raise ProtocolError(f"round {round_number} was refused: round {self.last_round} is already masked")
         block, place = divmod(round_number, _ROUNDS_PER_BLOCK)
-        blocks = self._blocks if block == self._block else tuple(_seed_block(key, block) for key in self.keys)
-        digest = hashlib.blake2b(broadcast, digest_size=32).digest()
-        seeds = [stream_key(seeds[32 * place : 32 * (place + 1)], digest) for seeds in blocks]
-        masked = _masked(vector, seeds[: self.subtracted], seeds[self.subtracted :], self.bits)
-        return masked, replace(self, last_round=round_number, _block=block, _blocks=blocks)
+        blocks = self.block_seeds if block == self.block else tuple(_seed_block(key, block) for key in self.keys)
+        nonce = broadcast_nonce(broadcast)
+        seeds = [seeds[32 * place : 32 * (place + 1)] for seeds in blocks]
+        masked = _masked(vector, seeds[: self.subtracted], seeds[self.subtracted :], nonce, self.bits)
+        return masked, replace(self, last_round=round_number, block=block, block_seeds=blocks)
 
 
 def masker(private: X25519PrivateKey, mine: Announcement, announcements: Sequence[Announcement], bits: Bits) -> Masker:
@@ -95,23 +100,21 @@ def masker(private: X25519PrivateKey, mine: Announcement, announcements: Sequenc
     return Masker(bits, keys, sum(peer.site < mine.site for peer in peers))
 
 
-def stream_key(seed: bytes, digest: bytes) -> bytes:
-    """Returns the AES-256 key of a pair's stream for one round and one broadcast.
+def broadcast_nonce(broadcast: bytes) -> bytes:
+    """Returns the 32-byte nonce of a round's streams: BLAKE2b-256 of what the coordinator broadcast."""
+    return hashlib.blake2b(broadcast, digest_size=32).digest()
 
-    Source: NIST SP 800-56C rev. 2, one-step key derivation with SHA-256: counter 1, the secret, the public part.
+
+def random_residues(seed: bytes, nonce: bytes, count: int, bits: Bits) -> Iterator[Residues]:
+    """Yields `count` random residues in pieces: the AES-256-GCM keystream of a 32-byte seed under a 32-byte nonce.
+
+    GCM hashes a nonce of this length with a key of its own, which only the holders of the seed know (NIST SP 800-38D,
+    section 7.1), so two nonces give unrelated streams. A seed and a nonce give 64 GiB at most.
     """
-    return hashlib.sha256(b"\x00\x00\x00\x01" + seed + digest).digest()
-
-
-def random_residues(key: bytes, count: int, bits: Bits) -> Iterator[Residues]:
-    """Yields `count` random residues of a 32-byte key, in pieces: AES-256-CTR from counter block 0^12 || 00000002."""
     kind = _kind(bits)
     length = count * kind.itemsize
-    if length <= _CHUNK:
-        yield np.frombuffer(_short_stream(key, length), kind)
-        return
-    encryptor = Cipher(algorithms.AES(key), modes.CTR(_COUNTER)).encryptor()
-    stream = bytearray(_CHUNK)
+    encryptor = Cipher(algorithms.AES(seed), modes.GCM(nonce)).encryptor()
+    stream = bytearray(_CHUNK + 15)
     zeros = memoryview(_ZEROS)
     for start in range(0, length, _CHUNK):
         piece = min(_CHUNK, length - start)
@@ -119,29 +122,30 @@ def random_residues(key: bytes, count: int, bits: Bits) -> Iterator[Residues]:
         yield np.frombuffer(stream, kind, piece // kind.itemsize)
 
 
-def _masked(vector: Residues, subtract: Sequence[bytes], add: Sequence[bytes], bits: Bits) -> Residues:
+def _masked(vector: Residues, subtract: Sequence[bytes], add: Sequence[bytes], nonce: bytes, bits: Bits) -> Residues:
     if vector.nbytes * (len(subtract) + len(add)) <= _CHUNK:
-        # for short vectors the calls cost more than the arithmetic: sum all streams of a sign at once
-        kind = _kind(bits)
-        streams = b"".join([_short_stream(key, vector.nbytes) for key in (*subtract, *add)])
-        rows = np.frombuffer(streams, kind).reshape(len(subtract) + len(add), len(vector))
-        less, more = rows[: len(subtract)], rows[len(subtract) :]
-        masked: Residues = vector + more.sum(axis=0, dtype=kind) - less.sum(axis=0, dtype=kind)
-        return masked
+        return _masked_at_once(vector, subtract, add, nonce, bits)
     masked = vector.copy()
-    for operation, keys in ((np.subtract, subtract), (np.add, add)):
-        for key in keys:
+    for operation, seeds in ((np.subtract, subtract), (np.add, add)):
+        for seed in seeds:
             start = 0
-            for stream in random_residues(key, len(vector), bits):
+            for stream in random_residues(seed, nonce, len(vector), bits):
                 part = masked[start : start + len(stream)]
                 operation(part, stream, out=part)
                 start += len(stream)
     return masked
 
 
-def _short_stream(key: bytes, length: int) -> bytes:
-    # GCM under a zero nonce encrypts with exactly this counter sequence, in one call without set-up
-    return AESGCM(key).encrypt(_COUNTER[:12], _ZEROS[:length], None)[:length]
+def _masked_at_once(
+    vector: Residues, subtract: Sequence[bytes], add: Sequence[bytes], nonce: bytes, bits: Bits
+) -> Residues:
+    """Does what `_masked` does for short vectors, where calls cost more than arithmetic: one sum for each sign."""
+    zeros, kind = _ZEROS[: vector.nbytes], _kind(bits)
+    streams = b"".join([AESGCM(seed).encrypt(nonce, zeros, None) for seed in (*subtract, *add)])
+    rows = np.frombuffer(streams, np.uint8).reshape(-1, vector.nbytes + _TAG)[:, : vector.nbytes].view(kind)
+    less, more = rows[: len(subtract)], rows[len(subtract) :]
+    masked: Residues = vector + np.add.reduce(more, dtype=kind) - np.add.reduce(less, dtype=kind)
+    return masked
 
 
 def _kind(bits: Bits) -> "np.dtype[np.unsignedinteger[Any]]":

@@ -25,6 +25,7 @@ from cohortium.core.stage import DpEvent
 Bits = Literal[32, 64]
 Residues = NDArray[np.unsignedinteger[Any]]
 
+_LARGEST = float(np.finfo(np.float64).max)
 _SLACK = 1e-9
 """Relative excess over a bound that rounding in floating point explains; it is clipped, not refused."""
 _MOST_EXPONENT = 1000
@@ -50,19 +51,21 @@ class FixedPoint:
         """
         if vector.shape != (size(self.layout),) or vector.dtype != np.float64:
             raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit its layout")
-        signed = np.empty(len(vector), dtype=_signed(self.bits))
+        scaled = np.empty_like(vector)
         start = 0
         for block, exponent in zip(self.layout, self.exponents, strict=True):
             stop = start + block.size
-            part = vector[start:stop]
-            low, high = -block.bound, block.bound
-            edge = high * (1 + _SLACK) if block.excess == "refuse" else np.finfo(np.float64).max
-            if not (-edge <= part.min(initial=0.0) and part.max(initial=0.0) <= edge):
-                raise ProtocolError(f"statistic '{block.name}' is not finite or exceeds its bound {high:g}")
-            scaled = np.clip(part, low, high)
-            scaled *= 2.0**exponent
-            signed[start:stop] = np.rint(scaled, out=scaled)
+            part, bound = vector[start:stop], block.bound
+            if stop > start:
+                edge = bound * (1 + _SLACK) if block.excess == "refuse" else _LARGEST
+                # reduced by the ufuncs themselves; a NaN fails both comparisons
+                if not (np.minimum.reduce(part) >= -edge and np.maximum.reduce(part) <= edge):
+                    raise ProtocolError(f"statistic '{block.name}' is not finite or exceeds its bound {bound:g}")
+            clipped = np.minimum(part, bound, out=scaled[start:stop])
+            np.maximum(clipped, -bound, out=clipped)
+            clipped *= 2.0**exponent
             start = stop
+        signed = np.rint(scaled, out=scaled).astype(_signed(self.bits))
         return signed.view(np.uint32) if self.bits == 32 else signed.view(np.uint64)
 
     def decode(self, total: Residues) -> Floats:

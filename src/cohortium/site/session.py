@@ -4,11 +4,13 @@ Every refusal is final for the run: after one, the session answers nothing more.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from msgspec.structs import replace
 
 from cohortium.core import codec
 from cohortium.core.document import from_canonical
@@ -56,9 +58,11 @@ Effect = LoadCohort | Send
 Event = ToSite | Table
 
 
-@dataclass(frozen=True)
-class Session:
-    """Where a site stands in a run. `randomness` is used for this run alone."""
+class Session(msgspec.Struct, frozen=True):
+    """Where a site stands in a run. `randomness` is used for this run alone.
+
+    A struct and not a dataclass, because it is replaced several times a round.
+    """
 
     membership: Membership
     randomness: Randomness
@@ -66,12 +70,16 @@ class Session:
     training: Randomness | None = None
     plan: Plan | None = None
     run: str = ""
-    private: X25519PrivateKey | None = field(default=None, repr=False)
+    private: X25519PrivateKey | None = None
     announced: Announcement | None = None
-    masker: Masker | None = field(default=None, repr=False)
+    masker: Masker | None = None
     waiting: OpenRound | None = None
-    memory: Memory = field(default_factory=dict, repr=False)
+    memory: Memory = msgspec.field(default_factory=dict)
     over: bool = False
+
+    def __repr__(self) -> str:
+        # the rest is secret
+        return f"Session(site={self.membership.site!r}, run={self.run!r}, over={self.over})"
 
 
 def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
