@@ -9,9 +9,10 @@ import typer
 
 from cohortium import bootstrap
 from cohortium.cli.output import Json, Output, Quiet
-from cohortium.cli.results import show_comparison, show_outcome
+from cohortium.cli.results import show_comparison, show_outcome, show_sample
 from cohortium.cli.study import compared
 from cohortium.coordinator.result import as_json as result_json
+from cohortium.coordinator.result import headline
 from cohortium.core.study import Averaging, Local, Network, Server, Study
 from cohortium.learning.evaluation import mean_auc
 from cohortium.plan import compile_study, protection
@@ -45,6 +46,9 @@ def demo(
         content["network"] = {model: mean_auc(of_network, model) for model in ("federated", "alone", "pooled")}
     elif network:
         output.say("A small network is trained too where PyTorch is installed: pip install 'cohortium[torch]'")
+    if result.simulated and result.simulated.sample:
+        show_sample(output, result.simulated.sample)
+    output.say(headline(result, comparison))
     written = bootstrap.write_result(result, out, comparison)
     output.say(f"Wrote {', '.join(str(path) for path in written)}")
     output.result(content | {"files": [str(path) for path in written]})

@@ -1,7 +1,7 @@
 """How results look in a terminal."""
 
 from cohortium.cli.output import Output
-from cohortium.coordinator.result import Result
+from cohortium.coordinator.result import Result, Sample
 from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison, mean_auc
 from cohortium.learning.glm import GlmFit
@@ -64,6 +64,16 @@ def show_summary(output: Output, summary: Summary) -> None:
                 levels.append([f"{feature.name}: (withheld)", f"{feature.hidden:,}", ""])
     if levels:
         output.table("Categories", ["", "patients", "share"], levels)
+
+
+def show_sample(output: Output, sample: Sample, entries: int = 6) -> None:
+    """Prints the first entries of a site's vector before and after masking."""
+    rows = [
+        [name, f"{plain if plain < 1 << (sample.bits - 1) else plain - (1 << sample.bits):,}", f"{masked:,}"]
+        for name, plain, masked in zip(sample.names, sample.plain, sample.masked, strict=True)
+    ]
+    title = f"What the coordinator saw of {sample.site} in round {sample.round}"
+    output.table(title, [f"first {entries} of {len(rows)}", "computed, stays", "left the hospital"], rows[:entries])
 
 
 def show_comparison(output: Output, comparison: tuple[Comparison, ...], name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from cohortium.core.document import document
 from cohortium.core.study import Study
 from cohortium.learning.descriptive import Summary
-from cohortium.learning.evaluation import Comparison
+from cohortium.learning.evaluation import Comparison, mean_auc
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
 
@@ -102,6 +102,23 @@ class Result:
         if isinstance(self.outcome, Summary):
             raise AttributeError("a descriptive study has a summary and no model: see result.outcome")
         return self.outcome
+
+
+def headline(result: Result, comparison: tuple[Comparison, ...]) -> str:
+    """Returns in one sentence what a run achieved."""
+    who = f"{len(result.study.sites.include)} hospitals"
+    if result.simulated:
+        who += f" with {sum(result.simulated.patients.values()):,} patients"
+    if isinstance(result.outcome, Summary):
+        return f"{who} described their cohort together, and no record left its hospital."
+    together, alone = mean_auc(comparison, "federated"), mean_auc(comparison, "alone")
+    if together is None or alone is None:
+        return f"{who} fitted one model together, and no record left its hospital."
+    versus = "against" if together > alone else "and not better than"
+    return (
+        f"{who} fitted one model together, and no record left its hospital: on held-out patients its mean AUC is "
+        f"{together:.3f}, {versus} {alone:.3f} for what each hospital can fit alone."
+    )
 
 
 def as_json(result: Result, comparison: Sequence[Comparison] = ()) -> dict[str, Any]:

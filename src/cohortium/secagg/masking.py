@@ -4,8 +4,8 @@
 
 PRG(seed) is the AES-256-GCM keystream under the pair's seed of this round, and its nonce is a digest of what the
 coordinator broadcast. So a coordinator that sends different models to different sites, to make all but one vector
-predictable, opens nothing (the attack: Pasquini, Francati and Ateniese, "Eluding Secure Aggregation in Federated Learning
-via Model Inconsistency", CCS 2022).
+predictable, opens nothing (the attack: Pasquini, Francati and Ateniese, "Eluding Secure Aggregation in Federated
+Learning via Model Inconsistency", CCS 2022).
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, section 4,
 without its self masks: the sum opens only if every site of the run contributes.

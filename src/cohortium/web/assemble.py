@@ -1,9 +1,9 @@
 """From a result to the report's sections."""
 
-from cohortium.coordinator.result import Result
+from cohortium.coordinator.result import Result, headline
 from cohortium.core.study import BinaryTarget, Number, NumberTarget, Study
 from cohortium.learning.descriptive import NumberSummary, Summary
-from cohortium.learning.evaluation import Comparison, mean_auc
+from cohortium.learning.evaluation import Comparison
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
 from cohortium.learning.quantile import decimals
@@ -51,23 +51,6 @@ def assemble(
         ),
         summary=tuple(_table_one(result.outcome, study)) if isinstance(result.outcome, Summary) else (),
         protection=protection(plan),
-    )
-
-
-def headline(result: Result, comparison: tuple[Comparison, ...]) -> str:
-    """Returns in one sentence what a run achieved."""
-    who = f"{len(result.study.sites.include)} hospitals"
-    if result.simulated:
-        who += f" with {sum(result.simulated.patients.values()):,} patients"
-    if isinstance(result.outcome, Summary):
-        return f"{who} described their cohort together, and no record left its hospital."
-    together, alone = mean_auc(comparison, "federated"), mean_auc(comparison, "alone")
-    if together is None or alone is None:
-        return f"{who} fitted one model together, and no record left its hospital."
-    versus = "against" if together > alone else "and not better than"
-    return (
-        f"{who} fitted one model together, and no record left its hospital: on held-out patients its mean AUC is "
-        f"{together:.3f}, {versus} {alone:.3f} for what each hospital can fit alone."
     )
 
 
