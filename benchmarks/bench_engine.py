@@ -74,7 +74,7 @@ def main() -> None:
         sites=Sites(include=names),
         cohort=Cohort(dataset="none", patient="id", features={"x": Number(unit="1", range=(0, 1))}, minimum=1),
         model=Descriptive(),
-        privacy=Privacy(),
+        privacy=Privacy(unit="patient"),
     )
     frame = pd.DataFrame({"id": np.arange(50), "x": np.linspace(0, 1, 50)})
     plan = replace(compile_study(study), algorithm=Nothing(np.linspace(-1, 1, VALUES)))

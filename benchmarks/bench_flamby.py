@@ -131,7 +131,7 @@ PLAN = compile_study(
         ),
         model=Network(hidden=()),
         training=Averaging(rounds=15),
-        privacy=Privacy(),
+        privacy=Privacy(unit="patient"),
     )
 )
 

@@ -342,7 +342,8 @@ class Privacy:
     """The privacy unit is mandatory; epsilon and delta ask for differential privacy, which compiling may refuse."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    unit: Literal["patient"] = "patient"
+    unit: Literal["patient"]
+    """Whose data one change of the dataset may touch; no default, because everybody must have read it."""
     epsilon: Annotated[float, Field(gt=0)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
 

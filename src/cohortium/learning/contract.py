@@ -50,7 +50,8 @@ def require_columns(names: Sequence[str], found: Sequence[str]) -> None:
     for name in names:
         if name not in found:
             reason = f"column '{name}' is missing"
-            raise DataError(f"{reason}{nearest(name, found)} Add it or rename it in the data.", public=reason)
+            hint = nearest(name, found) or "."
+            raise DataError(f"{reason}{hint} Add it or rename it in the data.", public=reason)
 
 
 def typed(features: Mapping[str, Feature], raw: Mapping[str, Column]) -> dict[str, Column]:
@@ -163,5 +164,5 @@ def _coded(name: str, labels: Column, feature: Category) -> Floats:
 
 
 def _absent(value: Any) -> bool:
-    # pandas spells a missing text as None, NaN or NA; only the first two compare safely
-    return value is None or value != value or type(value).__name__ in ("NAType", "NaTType")
+    # pandas spells a missing text as None, NaN or NA; comparing NA raises, so its type is asked for first
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or value != value

@@ -13,7 +13,7 @@ from cohortium.core import codec
 from cohortium.core.document import document, parse, study_id
 from cohortium.core.errors import CohortiumError, DataError, StudyError
 from cohortium.core.layout import Floats
-from cohortium.core.study import BinaryTarget, Network, NumberTarget, Study
+from cohortium.core.study import BinaryTarget, Network, NumberTarget, Regression, Study
 from cohortium.learning.contract import after_missing, conform, raw_columns, typed
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.network import NetworkFit, forward
@@ -148,7 +148,7 @@ def from_bytes(data: bytes) -> GlobalModel:
     """Returns the model that `to_bytes` wrote. Reading it runs no code.
 
     Raises:
-        StudyError: it is too long, no model file, or was changed so that study and id no longer match.
+        StudyError: it is too long, no model file, or was changed so that its study, its id and its fit no longer match.
     """
     try:
         if len(data) > MAX_MODEL_BYTES:
@@ -167,7 +167,22 @@ def from_bytes(data: bytes) -> GlobalModel:
         raise StudyError("this is not a model file of a version that can be read") from None
     if study_id(study) != content.get("study_id"):
         raise StudyError("the model file was changed: its study does not match its study id")
-    return GlobalModel(study, fitted, fit)
+    model = GlobalModel(study, fitted, fit)
+    if not _fits(model):
+        raise StudyError("the model file was changed: its fit does not match its study")
+    return model
+
+
+def _fits(model: GlobalModel) -> bool:
+    """Returns whether a patient of whom nothing is known can be scored, which takes every part of a model."""
+    if isinstance(model.fit, GlmFit) != isinstance(model.study.model, Regression):
+        return False
+    try:
+        with np.errstate(all="ignore"):
+            score = model.score(Table(1, {name: np.full(1, np.nan) for name in model.study.cohort.features}))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
+    return score.shape == (1,)
 
 
 def _table(study: Study, frame: Any) -> Table:
