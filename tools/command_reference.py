@@ -22,8 +22,8 @@ INTRODUCTION = """\
 <!-- Written by tools/command_reference.py from the commands' own help; do not edit by hand. -->
 
 Every command that computes takes `--json` for one JSON document on standard output, and `--quiet` for silence; errors
-go to standard error, with `--json` as JSON too. Exit codes: 0 done, 1 the work failed, 2 the request was wrong.
-Code 3 is kept for refusals by a policy; nothing in this version refuses so.
+go to standard error, with `--json` as JSON too (but for mistakes in the command line itself). The
+[operator's page](operator.md) explains the exit codes.
 
 `cohortium --install-completion` completes commands in bash, zsh, fish and PowerShell.
 """

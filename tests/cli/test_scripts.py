@@ -66,7 +66,7 @@ def steps(script: str) -> Iterator[Step]:
 def matches(expected: str, printed: str) -> bool:
     """Tells whether the text is as expected, apart from blanks at the ends of lines and of the text."""
     lines = [re.escape(line.rstrip()).replace(r"\.\.\.", ".*") for line in expected.strip().splitlines()]
-    text = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines())
+    text = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines()).rstrip("\n")
     return re.fullmatch("\n".join(lines), text, re.DOTALL) is not None
 
 

@@ -40,7 +40,8 @@ class Code:
 
 
 def blocks(page: Path) -> list[Code]:
-    text, found, end = page.read_text(encoding="utf-8"), [], 0
+    text, end = page.read_text(encoding="utf-8"), 0
+    found: list[Code] = []
     for match in FENCE.finditer(text):
         language, inside = match[2], textwrap.dedent(match[3])
         if language == "text" and found and not text[end : match.start()].strip():
@@ -56,7 +57,7 @@ EXAMPLES = [page for page in PAGES if any(code.language in ("python", "console")
 def assert_matches(expected: str, printed: str) -> None:
     """Compares texts apart from blanks at the ends of lines; `...` stands for any text."""
     lines = [re.escape(line.rstrip()).replace(r"\.\.\.", ".*") for line in expected.strip().splitlines()]
-    text = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines())
+    text = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines()).rstrip("\n")
     assert re.fullmatch("\n".join(lines), text, re.DOTALL), f"printed:\n{printed}\nexpected:\n{expected}"
 
 

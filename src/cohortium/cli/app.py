@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 3 refused by a policy.",
+    epilog="Exit codes: 0 success, 1 the work failed, 2 the study, the data or the command line is wrong.",
 )
 app.command("demo")(demo.demo)
 app.add_typer(study.app, name="study")
