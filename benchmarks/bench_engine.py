@@ -19,10 +19,11 @@ from cohortium.core.layout import Block
 from cohortium.core.random import Randomness
 from cohortium.core.study import Cohort, Descriptive, Number, Privacy, Purpose, Sites, Study
 from cohortium.engines import local
-from cohortium.plan import compile_study
+from cohortium.plan import Phase, compile_study
 from machine import processor
 
 SITES, VALUES, ROUNDS, REPEATS = 15, 100, 200, 5
+PHASES = (Phase("nothing", VALUES, ROUNDS, 0.0),)
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 
@@ -46,6 +47,9 @@ class Nothing:
 
     def broadcast(self, state: Counter) -> Counter:
         return state
+
+    def admit(self, broadcast: Counter, before: Counter | None) -> None:
+        pass
 
     def layout(self, broadcast: Counter) -> tuple[Block, ...]:
         return (Block("values", (VALUES,), 1000.0),)
@@ -77,7 +81,7 @@ def main() -> None:
         privacy=Privacy(unit="patient"),
     )
     frame = pd.DataFrame({"id": np.arange(50), "x": np.linspace(0, 1, 50)})
-    plan = replace(compile_study(study), algorithm=Nothing(np.linspace(-1, 1, VALUES)))
+    plan = replace(compile_study(study), phases=PHASES, algorithm=Nothing(np.linspace(-1, 1, VALUES)))
     medians = []
     for repeat in range(REPEATS):
         agents = bootstrap.simulated_agents(

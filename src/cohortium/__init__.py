@@ -1,6 +1,16 @@
 """Cohortium: hospitals learn models and run clinical statistics together while every record stays home."""
 
-from cohortium.bootstrap import load_model, load_study, save_model, simulate
+from cohortium.bootstrap import (
+    compare,
+    example_sites,
+    load_example,
+    load_model,
+    load_study,
+    save_model,
+    simulate,
+    write_report,
+    write_result,
+)
 from cohortium.coordinator.result import Result
 from cohortium.core.document import json_schema, study_id
 from cohortium.core.errors import CohortiumError
@@ -52,10 +62,15 @@ __all__ = [
     "Server",
     "Sites",
     "Study",
+    "compare",
+    "example_sites",
     "json_schema",
+    "load_example",
     "load_model",
     "load_study",
     "save_model",
     "simulate",
     "study_id",
+    "write_report",
+    "write_result",
 ]

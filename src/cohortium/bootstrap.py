@@ -18,7 +18,6 @@ from cohortium.core.random import Randomness
 from cohortium.core.study import BinaryTarget, Descriptive, Study
 from cohortium.engines import local
 from cohortium.engines.comparison import cross_validate
-from cohortium.learning.contract import labels
 from cohortium.learning.descriptive import Summary
 from cohortium.learning.evaluation import Comparison
 from cohortium.learning.model import GlobalModel
@@ -110,9 +109,8 @@ def simulate(
 
     tap = keep_one if keep_sample else None
     result = local.run(plan, agents, _run_name(root), time.perf_counter, tap, progress)
-    tables = {name: agent.cohort(plan) for name, agent in agents.items()}
-    patients = {name: table.rows for name, table in tables.items()}
-    sample = local.sample(plan, masked[0], tables[first]) if masked else None
+    patients = {name: agent.table.rows for name, agent in agents.items()}
+    sample = local.sample(plan, masked[0], agents[first].table) if masked else None
     return replace(result, simulated=Simulated(seed=seed, patients=patients, sample=sample))
 
 
@@ -176,8 +174,8 @@ def score_file(model: GlobalModel, path: str | Path) -> tuple[list[str], list[fl
         DataError: the file cannot be read, lacks a column, or breaks the study's data contract.
     """
     patient = model.study.cohort.patient
-    columns = FileSource(Path(path)).read([patient, *model.study.cohort.features])
-    return [str(value) for value in labels(columns[patient])], model.predict_mean(columns).tolist()
+    columns = FileSource(Path(path)).read([patient, *model.study.cohort.features], as_text={patient})
+    return [str(value) for value in columns[patient]], model.predict_mean(columns).tolist()
 
 
 def simulated_agents(
@@ -189,8 +187,11 @@ def simulated_agents(
         name: Ed25519PrivateKey.from_private_bytes(root.child("identity", name).bytes(32)) for name in plan.sites
     }
     pinned = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
+    approved = frozenset({plan.study_id})
     return {
-        name: Agent(Membership(name, identity, pinned), source_of(sites[name]), root.child("site", name), compiler)
+        name: Agent(
+            Membership(name, identity, pinned), source_of(sites[name]), approved, root.child("site", name), compiler
+        )
         for name, identity in identities.items()
     }
 

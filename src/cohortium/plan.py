@@ -12,7 +12,7 @@ from typing import Any
 from cohortium.core import document
 from cohortium.core.errors import StudyError
 from cohortium.core.filter import Filter, compile_filter
-from cohortium.core.layout import Layout, size
+from cohortium.core.layout import Block, Layout, size
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, chain
 from cohortium.core.study import Averaging, Category, Descriptive, Feature, Network, Newton, Number, Regression, Study
@@ -49,6 +49,17 @@ class Plan:
     algorithm: Algorithm[Any, Any, Any]
     phases: tuple[Phase, ...]
     where: Filter | None
+
+    @property
+    def rounds(self) -> int:
+        """The most rounds that a run may take."""
+        return sum(phase.rounds for phase in self.phases)
+
+    @property
+    def broadcast_limit(self) -> int:
+        """More bytes than any round's broadcast takes."""
+        intervals = len(self.study.model.quantiles) if isinstance(self.study.model, Descriptive) else 1
+        return 65_536 + 512 * len(self.study.cohort.features) * intervals + 16 * max(p.values for p in self.phases)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -130,18 +141,27 @@ def _averaging(study: Study, identity: str, encoder: Encoder) -> Algorithm[Any, 
 def _phases(
     study: Study, algorithm: Algorithm[Any, Any, Any], second: Algorithm[Any, Any, Any] | None
 ) -> Iterator[Phase]:
-    parts = [("statistics", algorithm)]
     if second is not None:
         assert isinstance(algorithm, Then)
-        parts = [("preprocessing", algorithm.first), (study.model.kind, second)]
-    sites = len(study.sites.include)
-    for name, part in parts:
-        state = part.init()
-        layout = part.layout(part.broadcast(state))
-        stage = fixed_point(layout, sites, study.aggregation.bits)
-        pairs = zip(layout, stage.exponents, strict=True)
-        precision = max(2.0**-exponent / (2 * block.bound) for block, exponent in pairs)
-        yield Phase(name, size(layout), part.progress(state)[0], precision)
+        for name, part in (("preprocessing", algorithm.first), (study.model.kind, second)):
+            state = part.init()
+            yield _phase(study, name, part.layout(part.broadcast(state)), part.progress(state)[0])
+        return
+    assert isinstance(algorithm, Describe)
+    layout = algorithm.layout(algorithm.broadcast(algorithm.init()))
+    yield _phase(study, "statistics", layout, 1)
+    numbers = sum(isinstance(column, Number) for column in algorithm.columns.values())
+    if numbers and algorithm.model.refinements and algorithm.model.quantiles:
+        parts = Block("parts", (numbers * len(algorithm.model.quantiles), algorithm.model.bins), layout[0].bound)
+        yield _phase(study, "quantiles", (parts,), algorithm.model.refinements)
+
+
+def _phase(study: Study, name: str, layout: Layout, rounds: int) -> Phase:
+    stage = fixed_point(layout, len(study.sites.include), study.aggregation.bits)
+    pairs = zip(layout, stage.exponents, strict=True)
+    # what quantising leaves, and what floating point does
+    precision = max(2.0**-exponent / (2 * block.bound) for block, exponent in pairs) + 2.0**-53
+    return Phase(name, size(layout), rounds, precision)
 
 
 def _typical(features: dict[str, Feature]) -> Fitted:
@@ -189,16 +209,18 @@ def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
     study, sites = plan.study, len(plan.sites)
     width = study.aggregation.bits // 8
     vectors = "; ".join(
-        f"{phase.name}: {phase.values:,} integers ({phase.values * width:,} bytes) a round, at most {phase.rounds} "
-        f"round{'' if phase.rounds == 1 else 's'}"
+        f"{phase.name}: {'at most ' if phase.name == 'quantiles' else ''}{phase.values:,} integers "
+        f"({phase.values * width:,} bytes) a round, at most {phase.rounds} round{'' if phase.rounds == 1 else 's'}"
         for phase in plan.phases
     )
     rows = [
         ("Leaves each hospital", f"one masked vector a round. {vectors[0].upper()}{vectors[1:]}"),
         (
             "Who can read it",
-            f"nobody. The coordinator together with up to {sites - 2} of the {sites} hospitals learns only the sum "
-            "over the others, even if it lies, as long as the hospitals' identity keys are pinned",
+            f"nobody. Of what a run's rounds send, the coordinator together with up to {sites - 2} of the {sites} "
+            "hospitals learns only sums over the others, also if it lies to them, given that identity keys are pinned. "
+            "What a sum reveals is not limited: a lying coordinator chooses the coefficients that it is taken at. "
+            "That a hospital takes part or refuses is not masked",
         ),
         ("If hospitals drop", f"a round needs all {sites}: if one is missing it yields nothing"),
         (
@@ -210,7 +232,10 @@ def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
     ]
     if isinstance(study.model, Descriptive):
         least = study.model.small_cells
-        rule = f"a hospital sends no count from 1 to {least - 1} (disclosure control, not differential privacy)"
+        rule = (
+            f"a hospital sends no count from 1 to {least - 1}; the mean and spread of a number that takes few values "
+            "may still give one away (disclosure control, not differential privacy)"
+        )
         rows.append(("Small cells", rule if least > 1 else "counts of any size are sent"))
     cohort = study.cohort
     rows.append(("Takes part", f"a hospital with {cohort.minimum:,} to {cohort.maximum:,} patients in the cohort"))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cohortium.core import codec
+from cohortium.core.errors import ProtocolError
 from cohortium.core.layout import Block, Layout, entry_names, pack, size, unpack
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, DpEvent, Stage, chain
@@ -190,11 +191,14 @@ def check_algorithm(algorithm: Algorithm[Any, Any, Any], tables: Sequence[Table]
     memories: list[Any] = [{} for _ in tables]
     left, rounds = algorithm.progress(state)[0], 0
     first = left
+    before = None
     while not algorithm.done(state):
         broadcast = algorithm.broadcast(state)
         data = codec.encode(broadcast)
         received = codec.decode(data, algorithm.broadcast_type)
         assert same(received, broadcast)
+        check_order(algorithm, received, before)
+        before = received
         assert codec.encode(received) == data
         layout = algorithm.layout(received)
         assert layout == algorithm.layout(broadcast)
@@ -227,6 +231,16 @@ def check_algorithm(algorithm: Algorithm[Any, Any, Any], tables: Sequence[Table]
     result = algorithm.finish(state)
     assert same(result, algorithm.finish(state))
     return result
+
+
+def check_order(algorithm: Algorithm[Any, Any, Any], broadcast: Any, before: Any) -> None:
+    """Checks that a site admits the honest broadcast in its place, and not at the start where it does not belong."""
+    algorithm.admit(broadcast, before)
+    if before is not None:
+        with pytest.raises(ProtocolError):
+            algorithm.admit(broadcast, None)
+        with pytest.raises(ProtocolError):
+            algorithm.admit(algorithm.broadcast(algorithm.init()), broadcast)
 
 
 @pytest.mark.parametrize("name", CASES)

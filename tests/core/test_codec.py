@@ -31,7 +31,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ARRAYS = st.sampled_from(TRAVELLING).flatmap(
     lambda kind: arrays.arrays(np.dtype(kind), arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
 )
-ANNOUNCEMENTS = st.builds(Announcement, TEXT, TEXT, st.binary(max_size=64), st.binary(max_size=64))
+KEYS, SIGNATURES = (st.binary(min_size=length, max_size=length) for length in (32, 64))
+ANNOUNCEMENTS = st.builds(Announcement, TEXT, TEXT, KEYS, SIGNATURES)
 ROUNDS = st.integers(-(2**63), 2**64 - 1)
 TO_SITE: st.SearchStrategy[ToSite] = st.one_of(
     st.builds(OpenRun, TEXT, st.binary(max_size=200)),
@@ -259,9 +260,23 @@ class TestHostileBytes:
             with pytest.raises(ProtocolError):
                 codec.decode(data, np.ndarray)
 
-    def test_too_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_too_long(self) -> None:
         data = codec.encode(np.zeros(100))
-        monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", len(data))
-        assert len(codec.decode(data, np.ndarray)) == 100
-        with pytest.raises(ProtocolError, match="is the most"):
-            codec.decode(codec.encode(np.zeros(101)), np.ndarray)
+        assert len(codec.decode(data, np.ndarray, len(data))) == 100
+        with pytest.raises(ProtocolError, match="is the most here"):
+            codec.decode(data, np.ndarray, len(data) - 1)
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            Announcement("run", "a", bytes(31), bytes(64)),
+            Announcement("run", "a", bytes(1 << 20), bytes(64)),
+            Announcement("run", "a", bytes(32), bytes(65)),
+            Refusal("run", "a", "x" * 1001),
+            Refusal("r" * 81, "a", "no"),
+        ],
+        ids=lambda message: type(message).__name__,
+    )
+    def test_fields_of_another_length(self, message: FromSite) -> None:
+        with pytest.raises(ProtocolError):
+            decode_from_site(codec.encode(message))

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -245,7 +247,8 @@ class TestCanonicalBytes:
             Study(**{**vars(PYTHON_STUDY), "model": Regression(kind="logistic", confidence=2.0)}),
             Study(**{**vars(PYTHON_STUDY), "training": Newton(rounds=0)}),
             Study(**{**vars(PYTHON_STUDY), "training": Newton(tolerance=float("nan"))}),
-            Study(**{**vars(PYTHON_STUDY), "version": 10**30}),
+            Study(**{**vars(PYTHON_STUDY), "purpose": Purpose(summary="a\nb")}),
+            Study(**{**vars(PYTHON_STUDY), "purpose": Purpose(summary="\ud800")}),
         ):
             with pytest.raises(StudyError):
                 canonical_bytes(wrong)
@@ -256,9 +259,13 @@ class TestCanonicalBytes:
 
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,8}", fullmatch=True)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+TEXT = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"]), max_size=12)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-RANGES = st.lists(FINITE, min_size=2, max_size=2, unique_by=lambda x: x or 0.0).map(sorted)
+RANGES = (
+    st.lists(FINITE, min_size=2, max_size=2, unique_by=lambda x: x or 0.0)
+    .map(sorted)
+    .filter(lambda bounds: math.isfinite(bounds[1] - bounds[0]))
+)
 COLUMNS = st.one_of(
     st.fixed_dictionaries(
         {"type": st.just("number"), "unit": TEXT, "range": RANGES},
@@ -276,7 +283,7 @@ RATE = st.floats(min_value=0, exclude_min=True, max_value=1e300)
 def studies(draw: st.DrawFn) -> dict[str, Any]:
     content = copy.deepcopy(draw(st.sampled_from(DOCUMENTS)))
     names = draw(st.lists(NAMES, min_size=3, max_size=8, unique=True))
-    content["study"], content["version"] = draw(NAMES), draw(st.integers(1, 2**53 - 1))
+    content["study"], content["version"] = draw(NAMES), draw(st.integers(1, 10**9))
     content["purpose"] = {"summary": draw(TEXT), "use": draw(st.lists(TEXT, max_size=3))}
     content["sites"] = {"include": draw(st.lists(NAMES, min_size=3, max_size=6, unique=True))}
     features = {name: draw(COLUMNS) for name in names[2:]}
@@ -452,6 +459,57 @@ def test_a_key_that_resembles_none_is_refused_too() -> None:
         parse(DOCUMENTS[0] | {"sites": {"include": ["a", "b", "c"], "zzz": 1}})
 
 
+def test_an_unknown_key_is_named_before_the_one_that_is_lacking_for_it() -> None:
+    content = full("logistic", "binary")
+    content["privcy"] = content.pop("privacy")
+    with pytest.raises(StudyError, match=r"^unknown key 'privcy' of a study; did you mean 'privacy'\?"):
+        parse(content)
+    content = full("logistic", "binary")
+    content["cohort"]["datset"] = content["cohort"].pop("dataset")
+    content.pop("privacy")
+    with pytest.raises(StudyError, match=r"^unknown key 'datset' in 'cohort'"):
+        parse(content)
+
+
+# Characters that hide or disarrange text
+
+HIDDEN = ["\x00", "\t", "\n", "\r", "\x1b", "\x7f", "\x9b", "\u200b", "\u202e", "\u2028", "\u2029", "\u2066", "\ud800"]
+TEXTS = [
+    "study",
+    "purpose.summary",
+    "purpose.use.0",
+    "sites.include.1",
+    "cohort.dataset",
+    "cohort.patient",
+    "cohort.where",
+    "cohort.features.age.unit",
+    "cohort.features.sex.levels.1",
+    "cohort.target.name",
+    "cohort.target.levels.0",
+    "model.kind",
+]
+
+
+@pytest.mark.parametrize("path", TEXTS)
+@pytest.mark.parametrize("hidden", HIDDEN, ids=ascii)
+def test_no_text_holds_a_hidden_character(path: str, hidden: str) -> None:
+    content: Any = full("logistic", "binary")
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    section = at(content, tuple(parents))
+    section[last] = f"a{hidden}b"
+    with pytest.raises(StudyError, match=rf"^'{path}' holds U\+{ord(hidden):04X}, a control or invisible character: "):
+        parse(content)
+
+
+def test_no_key_holds_a_hidden_character() -> None:
+    content = full("logistic", "binary")
+    content["cohort"]["features"]["sex\u202e"] = content["cohort"]["features"]["sex"]
+    with pytest.raises(StudyError, match=r"'cohort.features' holds U\+202E"):
+        parse(content)
+    with pytest.raises(StudyError, match=r"a key of the study holds U\+000A"):
+        parse({"study\n": "x"})
+
+
 # The schema, by a small validator of its own
 
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
@@ -609,7 +667,38 @@ RULES: list[tuple[str, str, Any, str]] = [
     ("logistic", "aggregation.protocol", "trust", "'aggregation.protocol' is wrong"),
     ("logistic", "privacy", {"unit": "patient", "epsilon": -1}, "'privacy.epsilon' is wrong"),
     ("logistic", "privacy.unit", "visit", "'privacy.unit' is wrong"),
+    ("logistic", "version", 10**9 + 1, "'version' is wrong"),
+    ("logistic", "version", 10**340, "'version' is wrong: .*1000000000$"),
+    ("logistic", "sites.minimum", 10**340, "'sites.minimum' is wrong"),
+    ("logistic", "cohort.minimum", 10**340, "'cohort.minimum' is wrong"),
+    ("logistic", "aggregation.dropouts", 10**340, "'aggregation.dropouts' is wrong"),
+    ("logistic", "model.penalty.l2", 10**340, "'model.penalty.l2' is wrong"),
+    ("logistic", f"{AGE}.range", [0, 10**340], f"'{AGE}.range.1' is wrong"),
+    ("logistic", f"{AGE}.range", [-1.7e308, 1.7e308], "too wide to compute with"),
+    ("linear", "cohort.target.range", [-1.7e308, 1.7e308], "target 'stay': .*too wide to compute with"),
+    ("logistic", f"{AGE}.missing", "x" * 101, f"'{AGE}.missing' is wrong: .*'exclude'$"),
+    ("logistic", "sites.include", [f"s{i}" for i in range(1001)], "sites.include: 1,001 are listed, and 1,000"),
+    ("network", "model.hidden", [1] * 65, "model.hidden: 65 are listed, and 64 is the most"),
+    ("descriptive", "model.quantiles", [0.5] * 101, "model.quantiles: 101 are listed, and 100 is the most"),
+    (
+        "logistic",
+        "cohort.features",
+        {f"x{i}": {"type": "number", "unit": "1", "range": [0, 1]} for i in range(10_001)},
+        "cohort.features: 10,001 are listed, and 10,000 is the most",
+    ),
 ]
+
+
+def test_an_integer_too_long_to_be_written_out() -> None:
+    with pytest.raises(StudyError, match="'version' is wrong: .*1000000000$"):
+        parse(full("logistic", "binary") | {"version": 16**5000})
+
+
+def test_as_many_features_as_there_may_be_take_no_time() -> None:
+    features = {f"x{i}": Number(unit="1", range=(0, 1)) for i in range(10_000)}
+    start = time.perf_counter()
+    Cohort(dataset="d", patient="id", features=features)
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(("model", "path", "value", "sentence"), RULES)
@@ -631,6 +720,10 @@ def test_python_constructors_refuse_by_themselves() -> None:
         lambda: Sites(include=("a", "b")),
         lambda: Sites(include=("a", "b", "c"), minimum=2),
         lambda: Penalty(l2=float("nan")),
+        lambda: Study(**{**vars(PYTHON_STUDY), "version": 10**340}),
+        lambda: Study(**{**vars(PYTHON_STUDY), "version": -(10**340)}),
+        lambda: Number(unit="a", range=(-1.7e308, 1.7e308)),
+        lambda: Cohort(dataset="d", patient="id", features=PYTHON_STUDY.cohort.features, minimum=10**340),
     ):
         with pytest.raises(StudyError):
             build()

@@ -92,6 +92,16 @@ class TestFrames:
         frame = pd.DataFrame({"x": [0.1, 1.0, 2.5, -3.0, 1e6, 0.1 + 1e-17]})
         assert read(frame, levels) == [4.0, 0.0, 1.0, 2.0, 3.0, 4.0]
 
+    def test_columns_wanted_as_text(self) -> None:
+        big = 2**53 + 1
+        for frame in (
+            pd.DataFrame({"x": pd.Series([big, None, 7], dtype="Int64")}),
+            pl.DataFrame({"x": [big, None, 7]}),
+        ):
+            assert raw_columns(frame, ["x"], as_text={"x"})["x"].tolist() == [str(big), None, "7"]
+        for number in (pd.DataFrame({"x": [1.0, NAN, 2.5]}), {"x": np.array([1.0, NAN, 2.5])}):
+            assert raw_columns(number, ["x"], as_text={"x"})["x"].tolist() == ["1", None, "2.5"]
+
     def test_no_rows(self) -> None:
         assert read(pl.DataFrame({"x": []}, schema={"x": pl.Float64}), AGE) == []
         assert read(pl.DataFrame({"x": []}, schema={"x": pl.String}), SEX) == []
@@ -193,7 +203,9 @@ class TestTargets:
         target = BinaryTarget(name="y", levels=("no", "yes"))
         raw = np.array(["yes", "no", None], dtype=object)
         assert conform_target(target, raw) == pytest.approx([1, 0, NAN], nan_ok=True)
-        with pytest.raises(DataError, match="not among its levels no, yes"):
+        with pytest.raises(
+            DataError, match=r"not among its levels no, yes .* Correct them, or change the target's levels"
+        ):
             conform_target(target, np.array(["maybe"], dtype=object))
 
     def test_number(self) -> None:

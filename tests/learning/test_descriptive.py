@@ -399,8 +399,14 @@ class TestEdges:
 
     @pytest.mark.parametrize(
         "interval",
-        [Interval("sex", (1,)), Interval("name", (1,)), Interval("age", (20,)), Interval("age", (-1,))]
-        + [Interval("age"), Interval("age", (1, 1, 1, 1))],
+        [
+            Interval("sex", (1,)),
+            Interval("name", (1,)),
+            Interval("age", (20,)),
+            Interval("age", (-1,)),
+            Interval("age"),
+            Interval("age", (1, 1, 1, 1)),
+        ],
     )
     def test_a_site_refuses_intervals_that_no_quantile_asks_for(self, interval: Interval) -> None:
         with pytest.raises(ProtocolError, match="do not need"):

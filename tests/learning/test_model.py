@@ -348,6 +348,38 @@ class TestFiles:
         with pytest.raises(StudyError, match="its fit does not match its study"):
             from_bytes(tampered(path, value))
 
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            ("glm.kind", "linear"),
+            ("glm.kind", "x\x1b[2J"),
+            ("glm.names", ["(intercept)", "age", "sex[f]", "stage[II]", "stage[III]"]),
+            ("glm.names", ["age", "(intercept)", "sex[m]", "stage[II]", "stage[III]"]),
+            ("glm.names", ["(intercept)"]),
+        ],
+    )
+    def test_a_regression_of_another_kind_or_with_other_names_is_refused(self, path: str, value: Any) -> None:
+        with pytest.raises(StudyError, match="its fit does not match its study"):
+            from_bytes(tampered(path, value))
+
+    @pytest.mark.parametrize(
+        "path", ["glm.loss", "glm.coefficients.1", "glm.covariance.0.0", "preprocessing.means.age"]
+    )
+    @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
+    def test_numbers_that_are_not_finite_are_refused(self, path: str, number: str) -> None:
+        data = tampered(path, "here").replace(b'"here"', number.encode())
+        with pytest.raises(StudyError, match="not a model file"):
+            from_bytes(data)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_weights_that_are_not_finite_are_refused(self, value: float) -> None:
+        assert isinstance(NETWORK.fit, NetworkFit)
+        first, *rest = NETWORK.fit.weights
+        broken = first.copy()
+        broken[0, 0] = value
+        with pytest.raises(StudyError, match="not a model file"):
+            from_bytes(GlobalModel(NETWORK.study, FITTED, NetworkFit((broken, *rest), 0.5)).to_bytes())
+
     def test_a_fit_of_another_kind_or_network_of_another_shape_is_refused(self) -> None:
         content, network = json.loads(regression().to_bytes()), json.loads(NETWORK.to_bytes())
         with pytest.raises(StudyError, match="its fit does not match its study"):
@@ -371,6 +403,6 @@ def tampered(path: str, value: Any) -> bytes:
     *parents, last = path.split(".")
     node = content
     for part in parents:
-        node = node[part]
-    node[last] = value
+        node = node[int(part) if isinstance(node, list) else part]
+    node[int(last) if isinstance(node, list) else last] = value
     return json.dumps(content).encode()

@@ -1,7 +1,7 @@
 """A whole run over the bundled records: the answer, what the coordinator sees of it, and what either half refuses."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from cohortium.bootstrap import example_sites, load_example, simulate, simulated
 from cohortium.coordinator.result import Result
 from cohortium.coordinator.rounds import Broadcast, Failed, Finished, RoundClosed, RunState, open_run, step
 from cohortium.core import codec
-from cohortium.core.document import canonical_bytes
+from cohortium.core.document import canonical_bytes, study_id_of
 from cohortium.core.errors import CohortError, CohortiumError, DataError, ProtocolError, SiteError, StudyError
 from cohortium.core.layout import pack
 from cohortium.core.messages import (
@@ -37,8 +37,11 @@ from cohortium.core.messages import (
     decode_from_site,
 )
 from cohortium.core.random import Randomness
-from cohortium.core.study import Aggregation, Category, Penalty, Regression, Sites, Study
+from cohortium.core.study import Aggregation, Category, Number, Penalty, Regression, Sites, Study
 from cohortium.engines import local
+from cohortium.learning.algorithm import PhaseBroadcast
+from cohortium.learning.glm import GlmBroadcast
+from cohortium.learning.preprocess import Fitted
 from cohortium.plan import Plan, compile_study
 from cohortium.secagg.keys import announce
 from cohortium.site.agent import Agent
@@ -88,11 +91,21 @@ class Kept:
     name: str
     columns: Mapping[str, Any] = field(repr=False)
 
-    def read(self, names: Sequence[str]) -> Mapping[str, Any]:
+    def read(self, names: Sequence[str], as_text: Collection[str] = ()) -> Mapping[str, Any]:
         return {name: self.columns[name] for name in names}
 
     def fingerprint(self) -> str:
         return self.name
+
+
+class Unreadable:
+    """A dataset that nobody may touch."""
+
+    def read(self, names: Sequence[str], as_text: Collection[str] = ()) -> Mapping[str, Any]:
+        raise AssertionError("data were read")
+
+    def fingerprint(self) -> str:
+        raise AssertionError("data were looked at")
 
 
 def kept(name: str, path: Path) -> Kept:
@@ -475,17 +488,17 @@ class TestSiteRefuses:
         stage = ask(tell(start()))
         for name, agent in stage.agents.items():
             assert isinstance(stage.pending[name], MaskedUpdate)
-            refuses_for_good(agent, first_round(), "round 1 is already masked")
+            refuses_for_good(agent, first_round(), "round 1 was refused: it is out of order")
 
     @pytest.mark.parametrize("number", [0, -1, 1])
     def test_an_earlier_round(self, number: int) -> None:
         stage = at_round(3)
-        refuses_for_good(stage.agents["zurich"], first_round(number=number), "is already masked")
+        refuses_for_good(stage.agents["zurich"], first_round(number=number), "is out of order")
 
     def test_another_question_in_a_round_that_was_answered(self) -> None:
         stage = at_round(2)
         asked = first_round(number=2)
-        refuses_for_good(stage.agents["cleveland"], asked, "round 2 is already masked")
+        refuses_for_good(stage.agents["cleveland"], asked, "round 2 was refused: it is out of order")
 
     def test_a_run_twice_under_one_name(self) -> None:
         for stage in (start(), at_round(1), over(at_round(1))):
@@ -578,11 +591,20 @@ class TestSiteRefuses:
     )
     def test_a_study_it_cannot_take_part_in(self, study: bytes, reason: str) -> None:
         agent = agents_of(PLAN)["zurich"]
+        agent.approved = frozenset({study_id_of(study)})
         refuses_for_good(agent, OpenRun(RUN, study), reason)
+
+    def test_a_study_that_its_steward_has_not_approved(self) -> None:
+        narrower = heart().cohort
+        asked = compile_study(replace(heart(), cohort=replace(narrower, where="age == 50")))
+        agent = agents_of(PLAN)["zurich"]
+        agent.source = Unreadable()
+        refuses_for_good(agent, opening(asked), "has not approved it")
 
     def test_a_study_with_a_site_that_it_does_not_know(self) -> None:
         plan = compile_study(heart(sites=Sites(include=("cleveland", "rome", "zurich"))))
         agent = agents_of(PLAN)["zurich"]
+        agent.approved = frozenset({plan.study_id})
         (mine,) = answer(agent, opening(plan))
         assert isinstance(mine, Announcement)
         others = [
@@ -635,6 +657,109 @@ def forged(entry: Announcement) -> Announcement:
     return announce(Ed25519PrivateKey.generate(), X25519PrivateKey.generate(), RUN, PLAN.study_id, entry.site)
 
 
+def hostile(number: int, **change: Any) -> OpenRound:
+    """A round of the second phase, as Newton would open it but for the change."""
+    fitted = change.pop("fitted", None) or PLAN_FITTED
+    beta = change.pop("beta", np.zeros(14))
+    return OpenRound(RUN, number, codec.encode(PhaseBroadcast(codec.encode(fitted), codec.encode(GlmBroadcast(beta)))))
+
+
+def plausible() -> Fitted:
+    features = heart().cohort.features
+    numbers = {name: feature.range for name, feature in features.items() if isinstance(feature, Number)}
+    return Fitted(
+        {name: (low + high) / 2 for name, (low, high) in numbers.items()},
+        {name: (high - low) / 4 for name, (low, high) in numbers.items()},
+        {name: 0 for name, feature in features.items() if isinstance(feature, Category)},
+    )
+
+
+PLAN_FITTED = plausible()
+
+
+def bent(**change: float) -> Fitted:
+    """The plausible fit with one number's mean or deviation replaced."""
+    part, value = next(iter(change.items()))
+    return replace(PLAN_FITTED, **{part: {**getattr(PLAN_FITTED, part), "age": value}})
+
+
+class TestLyingCoordinator:
+    """Every question but the next honest one is refused, before it touches a patient."""
+
+    def second_phase(self) -> Agent:
+        agent = at_round(1).agents["zurich"]
+        assert isinstance(answer(agent, hostile(2))[0], MaskedUpdate)
+        return agent
+
+    def test_the_honest_way_is_open(self) -> None:
+        agent = self.second_phase()
+        assert isinstance(answer(agent, hostile(3, beta=np.full(14, 0.5)))[0], MaskedUpdate)
+
+    @pytest.mark.parametrize("number", [3, 27, 1 << 62])
+    def test_a_round_ahead(self, number: int) -> None:
+        refuses_for_good(at_round(1).agents["zurich"], hostile(number), "out of order or beyond")
+
+    def test_more_rounds_than_the_study_has(self) -> None:
+        agent = self.second_phase()
+        for number in range(3, 27):
+            assert isinstance(answer(agent, hostile(number))[0], MaskedUpdate)
+        refuses_for_good(agent, hostile(27), "beyond the study's rounds")
+
+    def test_skipping_the_first_phase(self) -> None:
+        stage = start()
+        agent = stage.agents["zurich"]
+        answer(agent, key_set(stage))
+        refuses_for_good(agent, hostile(1), "skips the first phase")
+
+    def test_going_back_to_the_first_phase(self) -> None:
+        refuses_for_good(self.second_phase(), first_round(number=3), "has changed")
+
+    def test_the_first_phase_twice(self) -> None:
+        refuses_for_good(at_round(1).agents["zurich"], first_round(number=2), "takes one round")
+
+    def test_a_start_elsewhere_than_at_zero(self) -> None:
+        asked = hostile(2, beta=np.eye(14)[3])
+        refuses_for_good(at_round(1).agents["zurich"], asked, "starts with all coefficients at zero")
+
+    @pytest.mark.parametrize(
+        "beta",
+        [
+            np.full(14, np.nan),
+            np.array([0.0, np.inf, *[0.0] * 12]),
+            np.full(14, 1e9),
+            np.zeros(13),
+            np.zeros((14, 3)),
+            np.zeros(14, np.float32),
+        ],
+    )
+    def test_coefficients_that_single_out(self, beta: np.ndarray) -> None:
+        refuses_for_good(self.second_phase(), hostile(3, beta=beta), "wrong shape or are out of bounds")
+
+    @pytest.mark.parametrize(
+        "fitted",
+        [bent(means=1e9), bent(means=float("nan")), bent(deviations=0.0), bent(deviations=-1.0), bent(deviations=1e9)],
+    )
+    def test_preprocessing_that_singles_out(self, fitted: Fitted) -> None:
+        refuses_for_good(at_round(1).agents["zurich"], hostile(2, fitted=fitted), "cannot have been fitted")
+
+    def test_preprocessing_that_changes(self) -> None:
+        refuses_for_good(self.second_phase(), hostile(3, fitted=bent(means=50.0)), "has changed")
+
+    def test_what_is_kept_after_a_run_cannot_open_it(self) -> None:
+        agent = agents_of(PLAN)["zurich"]
+        before = agent.randomness
+        answer(agent, opening())
+        session = agent._session
+        assert session is not None
+        assert agent.randomness == before.child("next")
+        assert session.randomness == before.child("run", RUN)
+        answer(agent, CloseRun(RUN, "finished"))
+        over = agent._session
+        assert over is not None
+        assert {over.randomness.key, over.training.key if over.training else b""} == {bytes(32)}
+        assert over.masker is None and over.private is None and not over.memory
+
+
 def test_a_site_masks_a_round_once_even_if_its_session_is_asked_directly() -> None:
     stage = start()
     agent = stage.agents["zurich"]
@@ -643,9 +768,8 @@ def test_a_site_masks_a_round_once_even_if_its_session_is_asked_directly() -> No
     assert isinstance(session, Session)
     session, _ = site_step(session, first_round())
     later, _ = site_step(session, table)
-    waiting, _ = site_step(later, first_round())
-    with pytest.raises(ProtocolError, match="round 1 is already masked"):
-        site_step(waiting, table)
+    with pytest.raises(ProtocolError, match="it is out of order"):
+        site_step(later, first_round())
     with pytest.raises(ProtocolError, match="out of order"):
         site_step(later, table)
 
@@ -771,7 +895,7 @@ class TestData:
         assert closed == [1, 2, 3]
         assert str(tmp_path) not in failed.value.public
 
-    def test_a_file_that_breaks_the_contract_between_rounds(self, tmp_path: Path) -> None:
+    def test_a_file_that_changes_between_rounds(self, tmp_path: Path) -> None:
         paths = self.written(tmp_path)
 
         def spoil(record: RoundClosed) -> None:
@@ -782,19 +906,22 @@ class TestData:
                 with paths["zurich"].open("w", newline="") as file:
                     csv.writer(file).writerows(rows)
 
-        with pytest.raises(SiteError, match=r"^zurich: column 'age' holds 1 values above"):
+        with pytest.raises(SiteError, match=r"^zurich: the data changed during the run"):
             simulate(heart(), paths, seed=1, progress=spoil)
 
     def test_files_and_frames_give_the_same(self, masked_run: Tapped) -> None:
         assert simulate(heart(), frames(), seed=1).model.fit == masked_run.result.model.fit
 
-    def test_agents_read_again_only_what_has_changed(self, tmp_path: Path) -> None:
+    def test_one_admission_during_a_run_ends_it(self, tmp_path: Path) -> None:
         paths = self.written(tmp_path)
         agent = agents_of(PLAN, paths)["zurich"]
-        first = agent.cohort(PLAN)
-        assert agent.cohort(PLAN) is first
+        assert isinstance(answer(agent, opening())[0], Announcement)
+        assert agent.cohort(PLAN) is agent.table
         paths["zurich"].write_bytes(paths["zurich"].read_bytes() + b"\n")
-        assert agent.cohort(PLAN) is not first
+        with pytest.raises(DataError, match="changed during the run"):
+            agent.cohort(PLAN)
+        # the next run reads it anew
+        assert isinstance(answer(agent, opening(run="run-2"))[0], Announcement)
 
 
 class TestSimulate:
@@ -818,7 +945,9 @@ class TestSimulate:
 
 def test_a_site_of_the_study_that_is_not_in_its_own_membership_refuses() -> None:
     source = agents_of(PLAN)["zurich"]
-    stranger = Agent(Membership("rome", source.membership.identity, {}), source.source, Randomness.of_seed(0))
+    stranger = Agent(
+        Membership("rome", source.membership.identity, {}), source.source, source.approved, Randomness.of_seed(0)
+    )
     (said,) = answer(stranger, opening())
     assert isinstance(said, Refusal)
     assert (said.site, "does not include this site" in said.reason) == ("rome", True)

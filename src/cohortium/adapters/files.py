@@ -2,18 +2,21 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event
 
 from cohortium.core.document import MAX_DOCUMENT_BYTES, parse
 from cohortium.core.errors import CohortiumError, StudyError
 from cohortium.core.study import Study
 from cohortium.learning import model
 from cohortium.learning.model import MAX_MODEL_BYTES, GlobalModel
+
+_DEEPEST = 32
 
 
 def read_study(path: Path) -> Study:
@@ -86,14 +89,25 @@ def _read(path: Path, limit: int) -> bytes:
 def _mapping(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode()
-        if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
-            raise StudyError("YAML aliases (*name) are not allowed in a study: write the value out")
+        _require_plain(YAML(typ="safe", pure=True).parse(text))
         content = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise StudyError(f"this is no valid YAML{line}: {error.problem}") from None
-    except (YAMLError, ValueError, RecursionError):
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+        # a value that is not what its tag says fails in whatever way its conversion does
         raise StudyError("this is no valid YAML") from None
     if not isinstance(content, dict):
         raise StudyError("a study is a YAML mapping that starts with 'study: NAME'")
     return content
+
+
+def _require_plain(events: Iterable[Event]) -> None:
+    """Refuses aliases and deep nesting while the text is scanned, which takes long where brackets nest deeply."""
+    depth = 0
+    for event in events:
+        if isinstance(event, AliasEvent):
+            raise StudyError("YAML aliases (*name) are not allowed in a study: write the value out")
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise StudyError(f"this YAML nests deeper than {_DEEPEST} levels, and a study needs a handful")

@@ -1,6 +1,6 @@
 """Datasets as a site may hold them: files that DuckDB reads, and data frames in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class FileSource:
 
     path: Path
 
-    def read(self, names: Sequence[str]) -> Mapping[str, Column]:
+    def read(self, names: Sequence[str], *, as_text: Collection[str] = ()) -> Mapping[str, Column]:
         reader = self._reader()
         self.fingerprint()
         try:
@@ -37,7 +37,14 @@ class FileSource:
                 relation = connection.sql(f"SELECT * FROM {reader}", params=[str(self.path)])
                 kinds = dict(zip(relation.columns, map(str, relation.types), strict=True))
                 require_columns(names, list(kinds))
-                wanted = relation.select(*(_as_float_or_text(name, kinds[name]) for name in names))
+                texts = [name for name in names if name in as_text]
+                if texts and reader.startswith("read_csv"):
+                    # read again as it is written: 007 is not 7; the names were found, so there is a header
+                    types = ", ".join(f"{_quoted(name)}: 'VARCHAR'" for name in texts)
+                    again = f"{reader.removesuffix(')')}, header=true, types={{{types}}})"
+                    relation = connection.sql(f"SELECT * FROM {again}", params=[str(self.path)])
+                    kinds |= dict.fromkeys(texts, "VARCHAR")
+                wanted = relation.select(*(_as_float_or_text(name, kinds[name], name in as_text) for name in names))
                 return {name: _plain(column) for name, column in wanted.fetchnumpy().items()}
         except duckdb.Error as error:
             # DuckDB quotes the offending line, which may be a patient's
@@ -72,8 +79,8 @@ class FrameSource:
 
     frame: Any = field(repr=False)
 
-    def read(self, names: Sequence[str]) -> Mapping[str, Column]:
-        return raw_columns(self.frame, names)
+    def read(self, names: Sequence[str], *, as_text: Collection[str] = ()) -> Mapping[str, Column]:
+        return raw_columns(self.frame, names, as_text)
 
     def fingerprint(self) -> str:
         return str(id(self.frame))
@@ -82,9 +89,18 @@ class FrameSource:
 _NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
 
 
-def _as_float_or_text(name: str, kind: str) -> duckdb.Expression:
-    numeric = kind.removeprefix("U").startswith(_NUMERIC)
-    return duckdb.ColumnExpression(name).cast("DOUBLE" if numeric else "VARCHAR").alias(name)
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _as_float_or_text(name: str, kind: str, as_text: bool) -> duckdb.Expression:
+    column = duckdb.ColumnExpression(name)
+    if as_text and kind in ("FLOAT", "DOUBLE"):
+        # whole numbers are written like those of an integer column
+        text, end = column.cast("VARCHAR"), duckdb.ConstantExpression(r"\.0$")
+        return duckdb.FunctionExpression("regexp_replace", text, end, duckdb.ConstantExpression("")).alias(name)
+    numeric = kind.removeprefix("U").startswith(_NUMERIC) and not as_text
+    return column.cast("DOUBLE" if numeric else "VARCHAR").alias(name)
 
 
 def _plain(column: Any) -> Column:

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cohortium import bootstrap
-from cohortium.cli.output import Json, Output, Quiet
+from cohortium.cli.output import Json, Output, Quiet, visible
 from cohortium.cli.results import show_model
 
 app = typer.Typer(help="Look at a model file and score patients with it.", no_args_is_help=True)
@@ -41,13 +42,20 @@ def predict(
     patient = model.study.cohort.patient
     column = f"expected_{model.study.cohort.target.name}" if model.study.cohort.target else "score"
     output = Output(as_json, quiet)
+    rows = list(zip(identifiers, scores, strict=True))
+    if out:
+        bootstrap.write_file(out, _csv(patient, column, rows).encode())
+        output.say(f"Wrote {len(scores):,} scores to {out}")
+    elif not (as_json or quiet):
+        if sys.stdout.isatty():
+            rows = [(visible(identifier), score) for identifier, score in rows]
+        print(_csv(patient, column, rows), end="")
+    output.result({"column": column, "patients": identifiers, "scores": scores})
+
+
+def _csv(patient: str, column: str, rows: list[tuple[str, float]]) -> str:
     lines = io.StringIO(newline="")
     table = csv.writer(lines)
     table.writerow((patient, column))
-    table.writerows(zip(identifiers, scores, strict=True))
-    if out:
-        bootstrap.write_file(out, lines.getvalue().encode())
-        output.say(f"Wrote {len(scores):,} scores to {out}")
-    elif not (as_json or quiet):
-        print(lines.getvalue(), end="")
-    output.result({"column": column, "patients": identifiers, "scores": scores})
+    table.writerows(rows)
+    return lines.getvalue()

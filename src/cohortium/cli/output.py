@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cohortium.coordinator.rounds import RoundClosed
+from cohortium.core.document import hides
 from cohortium.core.errors import CohortiumError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -30,7 +31,7 @@ class Output:
 
     @property
     def _console(self) -> Console:
-        return Console(quiet=self.quiet or self.as_json, highlight=False, width=_width())
+        return Console(quiet=self.quiet or self.as_json, highlight=False, emoji=False, width=_width())
 
     def result(self, value: Any) -> None:
         """Prints the command's result as JSON, if JSON was asked for."""
@@ -39,7 +40,7 @@ class Output:
 
     def say(self, text: str) -> None:
         """Prints a line for people."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(visible(text), markup=False, soft_wrap=True)
 
     def pairs(self, rows: "tuple[tuple[str, str], ...]") -> None:
         """Prints questions and their answers in two columns."""
@@ -47,16 +48,16 @@ class Output:
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
         for label, text in rows:
-            grid.add_row(f"  {label}", escape(text))
+            grid.add_row(f"  {_literal(label)}", _literal(text))
         self._console.print(grid)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Prints a table; the first column is text, the others numbers."""
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        table = Table(title=_literal(title), title_justify="left", title_style="bold", header_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
+            table.add_column(_literal(column), justify="right" if index else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(_literal(cell) for cell in row))
         self._console.print(table)
 
     @contextmanager
@@ -97,8 +98,21 @@ def report_error(error: CohortiumError, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"error": str(error), "exit_code": error.exit_code}), file=sys.stderr)
     else:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {_literal(str(error))}")
     return error.exit_code
+
+
+def visible(text: str) -> str:
+    """Returns text for a terminal: '?' for each character that could steer it or hide something, but for newlines."""
+    if text.isprintable():
+        return text
+    return "".join("?" if hides(character) and character != "\n" else character for character in text)
+
+
+def _literal(text: str) -> str:
+    """Returns text for rich, which takes words in brackets for styles."""
+    return escape(visible(text))
 
 
 def _width() -> int | None:

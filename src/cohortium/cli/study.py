@@ -1,6 +1,7 @@
 """`cohortium study`: write, check and simulate a study file."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -35,18 +36,31 @@ Seed = Annotated[int, typer.Option(help="Seed of all keys and random choices; eq
 
 @app.command()
 def new(
-    path: Annotated[Path, typer.Argument(help="Where to write the study file.")] = Path("study.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write the study file.")] = Path("study.yaml"),
+    with_data: Annotated[
+        bool, typer.Option("--with-data", help="Also write its four hospitals' records beside it, as SITE.csv.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a commented study file to start from."""
-    if path.exists() and not force:
-        raise StudyError(f"{path} exists already: choose another name, or overwrite it with --force")
+    records = bootstrap.example_sites() if with_data else {}
+    data = {name: path.parent / f"{name}.csv" for name in records}
+    for file in (path, *data.values()):
+        if file.exists() and not force:
+            raise StudyError(f"{file} exists already: choose another name, or overwrite it with --force")
     bootstrap.write_file(path, bootstrap.example_study().encode())
+    for name, file in data.items():
+        bootstrap.write_file(file, records[name].read_bytes())
     output = Output(as_json, quiet)
-    output.say(f"Wrote {path}. Next: cohortium study check {path}")
-    output.result({"study": str(path)})
+    following = ["cohortium", "study", "check", str(path)]
+    if data:
+        following = ["cohortium", "study", "simulate", str(path), "--seed", "7"]
+        following += [word for name, file in data.items() for word in ("--site", f"{name}={file}")]
+    written = ", ".join(str(file) for file in (path, *data.values()))
+    output.say(f"Wrote {written}. Next: {shlex.join(following)}")
+    output.result({"study": str(path), "sites": {name: str(file) for name, file in data.items()}})
 
 
 @app.command()

@@ -4,7 +4,7 @@
     round:    broadcast -> one masked update of each site -> their sum -> the algorithm's next state
     finished: an outcome, or a reason
 
-The state holds only the running sum of masked updates, so not even a masked vector of one site is kept.
+The state holds only the running sum of masked updates.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from cohortium.core.document import canonical_bytes
 from cohortium.core.errors import CohortiumError, ProtocolError
 from cohortium.core.layout import Layout, size, unpack
 from cohortium.core.messages import (
+    CONTROL_BYTES,
     Announcement,
     CloseRun,
     FromSite,
@@ -101,6 +102,11 @@ def open_run(plan: Plan, run: str) -> tuple[RunState, list[Effect]]:
     return RunState(plan, run, "keys"), [Broadcast(OpenRun(run, canonical_bytes(plan.study)))]
 
 
+def inbound_limit(state: RunState) -> int:
+    """Returns more bytes than a site's message may have now."""
+    return CONTROL_BYTES + 8 * size(state.layout)
+
+
 def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, list[Effect]]:
     """Returns the state after a message, and what to do.
 
@@ -145,7 +151,7 @@ def _contributed(state: RunState, message: MaskedUpdate) -> tuple[RunState, list
     kind = np.uint32 if state.plan.study.aggregation.bits == 32 else np.uint64
     if message.round != state.number or message.values.shape != (size(state.layout),) or message.values.dtype != kind:
         raise ProtocolError(f"an update of '{message.site}' was refused: wrong round, length or type")
-    total = message.values.copy() if state.total is None else np.add(state.total, message.values, out=state.total)
+    total = message.values if state.total is None else state.total + message.values
     state = replace(state, total=total, received=state.received | {message.site})
     if len(state.received) < len(state.plan.sites):
         return state, []

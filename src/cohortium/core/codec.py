@@ -55,14 +55,14 @@ def encode(value: object) -> bytes:
     return _encoder.encode(value)
 
 
-def decode(data: bytes, kind: type[T]) -> T:
-    """Returns the value of type `kind` that `data` holds. Arrays come back read-only.
+def decode(data: bytes, kind: type[T], limit: int = MAX_MESSAGE_BYTES) -> T:
+    """Returns the value of type `kind` that `data` holds, if it is at most `limit` bytes. Arrays come back read-only.
 
     Raises:
         ProtocolError: the bytes are too long or do not hold such a value.
     """
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"a message of {len(data)} bytes was refused: {MAX_MESSAGE_BYTES} is the most")
+    if len(data) > limit:
+        raise ProtocolError(f"a message of {len(data)} bytes was refused: {limit} is the most here")
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind, dec_hook=_to_array)

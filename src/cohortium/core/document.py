@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pydantic
@@ -12,7 +13,14 @@ from cohortium.core.errors import StudyError, nearest
 from cohortium.core.study import Study
 
 MAX_DOCUMENT_BYTES = 1 << 20
+_DEEPEST = 32
+_SHOWN = 100
 _adapter = pydantic.TypeAdapter(Study)
+
+
+def hides(character: str) -> bool:
+    """Returns whether a character can hide or disarrange text: control, direction, line separator, half a pair."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs")
 
 
 def parse(document: Mapping[str, Any]) -> Study:
@@ -21,10 +29,19 @@ def parse(document: Mapping[str, Any]) -> Study:
     Raises:
         StudyError: a key is unknown or missing, or a value is not allowed; the first problem in one sentence.
     """
+    for place, text in _texts(document):
+        hidden = next(filter(hides, text), None) if not text.isprintable() else None
+        if hidden is not None:
+            where = f"'{'.'.join(place)}'" if place else "a key of the study"
+            raise StudyError(
+                f"{where} holds U+{ord(hidden):04X}, a control or invisible character: write plain text on one line"
+            )
     try:
         return _adapter.validate_python(document, by_alias=True, by_name=False)
     except pydantic.ValidationError as error:
-        raise StudyError(_sentence(error.errors(include_url=False)[0])) from None
+        # a misspelt key is often lacking under its right name, too
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != _UNKNOWN)
+        raise StudyError(_sentence(problems[0])) from None
 
 
 def document(study: Study) -> dict[str, Any]:
@@ -43,7 +60,7 @@ def canonical_bytes(study: Study) -> bytes:
     """
     try:
         data = rfc8785.dumps(document(parse(document(study))))
-    except (rfc8785.CanonicalizationError, pydantic.ValidationError, TypeError, AttributeError) as error:
+    except (rfc8785.CanonicalizationError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise StudyError(f"the study cannot be written as canonical JSON: {error}") from None
     if len(data) > MAX_DOCUMENT_BYTES:
         raise StudyError(f"the study takes {len(data)} bytes; {MAX_DOCUMENT_BYTES} is the most")
@@ -71,7 +88,12 @@ def from_canonical(data: bytes) -> Study:
 
 def study_id(study: Study) -> str:
     """Returns "sha256:" and the hexadecimal digest of the study's canonical bytes."""
-    return "sha256:" + hashlib.sha256(canonical_bytes(study)).hexdigest()
+    return study_id_of(canonical_bytes(study))
+
+
+def study_id_of(data: bytes) -> str:
+    """Returns the id of the study whose canonical bytes `data` are."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def json_schema() -> dict[str, Any]:
@@ -80,11 +102,28 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
+_UNKNOWN = "unexpected_keyword_argument"
+
+
+def _texts(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields every text of a document with its place, and every key with that of its section."""
+    if isinstance(value, str):
+        yield place, value
+    elif len(place) < _DEEPEST and isinstance(value, Mapping):
+        for key, inner in value.items():
+            if isinstance(key, str):
+                yield place, key
+            yield from _texts(inner, (*place, str(key)))
+    elif len(place) < _DEEPEST and isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, (*place, str(index)))
+
+
 def _sentence(problem: Any) -> str:
     """Returns one sentence for pydantic's account of a problem: where, what, and the nearest right key."""
     *parents, last = problem["loc"] or ("",)
     kind, where = problem["type"], ".".join(str(part) for part in _visible(problem["loc"]))
-    if kind == "unexpected_keyword_argument":
+    if kind == _UNKNOWN:
         known = _known_keys(parents)
         place = f"in '{'.'.join(str(part) for part in _visible(parents))}'" if parents else "of a study"
         return f"unknown key '{last}' {place}{nearest(str(last), known)} (known: {', '.join(known)})"
@@ -102,7 +141,11 @@ def _sentence(problem: Any) -> str:
         )
     message = problem["msg"][0].lower() + problem["msg"][1:]
     found = problem.get("input")
-    shown = f", not {found!r}" if isinstance(found, str | int | float | bool) else ""
+    if isinstance(found, str):
+        shown = f", not {found!r}" if len(found) <= _SHOWN else ""
+    else:
+        # an integer may be too large to be written out
+        shown = f", not {found!r}" if isinstance(found, int | float) and abs(found) < 1e100 else ""
     return f"'{where}' is wrong: {message}{shown}" if where else f"the study is wrong: {message}{shown}"
 
 

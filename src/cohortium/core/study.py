@@ -6,7 +6,8 @@ by itself; what needs the whole (does the range proof hold?) is checked when the
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -16,6 +17,8 @@ from cohortium.core.errors import StudyError
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
+_LARGEST = 1_000_000_000
+"""No whole number of a study is larger."""
 
 Missing = Literal["refuse", "impute", "exclude"]
 
@@ -25,16 +28,19 @@ def _require(condition: bool, message: str) -> None:
         raise StudyError(message)
 
 
-def _names(kind: str, names: Iterable[str]) -> None:
-    names = list(names)
+def _at_most(what: str, things: Sized, most: int) -> None:
+    _require(len(things) <= most, f"{what}: {len(things):,} are listed, and {most:,} is the most")
+
+
+def _names(kind: str, names: Sequence[str] | Mapping[str, object]) -> None:
     for name in names:
         _require(
             isinstance(name, str) and _NAME.fullmatch(name) is not None,
             f"{kind} '{name}' is not a valid name: use 1 to 63 letters, digits, '_', '-' or '.', starting with a "
             "letter or a digit",
         )
-    doubles = {name for name in names if names.count(name) > 1}
-    _require(not doubles, f"{kind} '{', '.join(sorted(doubles))}' is listed twice: list it once")
+    doubles = sorted(name for name, times in Counter(list(names)).items() if times > 1)
+    _require(not doubles, f"{kind} '{', '.join(doubles)}' is listed twice: list it once")
 
 
 def _interval(what: str, bounds: tuple[float, float]) -> None:
@@ -43,10 +49,15 @@ def _interval(what: str, bounds: tuple[float, float]) -> None:
         math.isfinite(low) and math.isfinite(high) and low < high,
         f"{what}: range [{low:g}, {high:g}] must rise from a lower to a higher finite number",
     )
+    _require(math.isfinite(high - low), f"{what}: range [{low:g}, {high:g}] is too wide to compute with: narrow it")
 
 
-def _at_least(what: str, value: float, least: float) -> None:
-    _require(value >= least, f"{what} is {value:g}: it must be at least {least:g}")
+def _within(what: str, value: float, least: float, most: float = math.inf) -> None:
+    if not least <= value <= most:
+        limit = f"at most {most:,}" if value > most else f"at least {least:g}"
+        # an integer may be too large to be written as a float
+        shown = f"{value:g}" if abs(value) <= _LARGEST or isinstance(value, float) else "a number of many digits"
+        raise StudyError(f"{what} is {shown}: it must be {limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +94,8 @@ class Category:
 
     def __post_init__(self) -> None:
         _require(len(self.levels) >= 2, "a category feature needs at least two levels")
-        _require(len(set(self.levels)) == len(self.levels), f"levels {list(self.levels)} hold one twice")
         _require(len(self.levels) <= 1000, f"a category feature has {len(self.levels)} levels: 1000 is the most")
+        _require(len(set(self.levels)) == len(self.levels), f"levels {list(self.levels)} hold one twice")
 
 
 Feature = Annotated[Number | Category, Field(discriminator="type")]
@@ -136,7 +147,7 @@ class CountTarget:
 
     def __post_init__(self) -> None:
         _names("target", [self.name])
-        _at_least(f"target '{self.name}': maximum", self.maximum, 1)
+        _within(f"target '{self.name}': maximum", self.maximum, 1)
 
 
 Target = Annotated[BinaryTarget | NumberTarget | CountTarget, Field(discriminator="type")]
@@ -156,24 +167,24 @@ class Cohort:
     target: Target | None = None
     where: str | None = None
     """Filter over the features, as in "age >= 18 and sex == 'female'"; unknown values do not pass."""
-    minimum: Annotated[int, Field(ge=1)] = 20
+    minimum: Annotated[int, Field(ge=1, le=_LARGEST)] = 20
     """A site with fewer patients takes no part."""
     maximum: Annotated[int, Field(ge=1, le=100_000_000)] = 100_000
     """Most patients that a site may bring; the range proof rests on it."""
 
     def __post_init__(self) -> None:
+        _at_most("cohort.features", self.features, 10_000)
         object.__setattr__(self, "features", dict(sorted(self.features.items())))
         _names("dataset", [self.dataset])
         _names("patient column", [self.patient])
         _names("feature", self.features)
         _require(bool(self.features), "the cohort has no features: name at least one column")
-        _require(len(self.features) <= 10_000, "the cohort has more than 10,000 features")
         taken = {self.patient} | ({self.target.name} if self.target else set())
         for name in taken & self.features.keys():
             raise StudyError(f"column '{name}' is a feature and also the patient column or the target: pick one")
         _require(self.target is None or self.target.name != self.patient, "the target is the patient column")
-        _at_least("cohort.minimum", self.minimum, 1)
-        _at_least("cohort.maximum", self.maximum, self.minimum)
+        _within("cohort.minimum", self.minimum, 1, _LARGEST)
+        _within("cohort.maximum", self.maximum, self.minimum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +204,11 @@ class Sites:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     include: tuple[str, ...]
     """The sites' names; kept in alphabetical order."""
-    minimum: Annotated[int, Field(ge=3)] = 3
+    minimum: Annotated[int, Field(ge=3, le=_LARGEST)] = 3
     """Fewest sites over which a sum may be opened."""
 
     def __post_init__(self) -> None:
+        _at_most("sites.include", self.include, 1000)
         _names("site", self.include)
         object.__setattr__(self, "include", tuple(sorted(self.include)))
         _require(
@@ -217,7 +229,7 @@ class Penalty:
     l2: Annotated[float, Field(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
-        _at_least("penalty.l2", self.l2, 0)
+        _within("penalty.l2", self.l2, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +253,9 @@ class Network:
     """Width of each hidden layer."""
     activation: Literal["relu", "tanh"] = "relu"
 
+    def __post_init__(self) -> None:
+        _at_most("model.hidden", self.hidden, 64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Descriptive:
@@ -255,6 +270,9 @@ class Descriptive:
     """Rounds that narrow the bin of each quantile."""
     small_cells: Annotated[int, Field(ge=1, le=1000)] = 5
     """A site sends no count between 1 and this number less one; 1 turns the rule off."""
+
+    def __post_init__(self) -> None:
+        _at_most("model.quantiles", self.quantiles, 100)
 
 
 Model = Annotated[Regression | Network | Descriptive, Field(discriminator="kind")]
@@ -331,7 +349,7 @@ class Aggregation:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     protocol: Literal["masking"] = "masking"
-    dropouts: Annotated[int, Field(ge=0)] = 0
+    dropouts: Annotated[int, Field(ge=0, le=_LARGEST)] = 0
     """Sites that may be lost in a round; this version needs all, so 0."""
     bits: Literal[32, 64] = 32
     """Sums are taken modulo 2 to this power."""
@@ -354,7 +372,7 @@ class Study:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     name: Annotated[str, Field(alias="study")]
-    version: Annotated[int, Field(ge=1)] = 1
+    version: Annotated[int, Field(ge=1, le=_LARGEST)] = 1
     purpose: Purpose
     sites: Sites
     cohort: Cohort
@@ -367,7 +385,7 @@ class Study:
 
     def __post_init__(self) -> None:
         _names("study", [self.name])
-        _at_least("version", self.version, 1)
+        _within("version", self.version, 1, _LARGEST)
         if self.training is None and isinstance(self.model, Regression):
             object.__setattr__(self, "training", Newton())
         needed = _NEEDED_TRAINING[type(self.model)]

@@ -68,8 +68,8 @@ def cross_validate(
         for name, site in sites.items():
             held_out = site.fold == fold
             rows = site.table.take(held_out)
-            scores[name]["federated"][held_out] = federated.score(rows)
-            scores[name]["pooled"][held_out] = together.score(rows)
+            scores[name]["federated"][held_out] = federated.expect(rows)
+            scores[name]["pooled"][held_out] = together.expect(rows)
             mine = randomness.child("alone", name, fold)
             scores[name]["alone"][held_out] = _score_alone(plan.study, tables[name], rows, mine)
         if progress:
@@ -107,6 +107,6 @@ def _score_alone(study: Study, training: Table, rows: Table, randomness: Randomn
         narrow = narrowed(study, training)
         wide, features = study.cohort.features, narrow.cohort.features
         model = fit_in_the_clear(narrow, recoded(training, wide, features), randomness)
-        return model.score(recoded(rows, wide, features))
+        return model.expect(recoded(rows, wide, features))
     except CohortiumError:
         return np.full(rows.rows, training.target.mean())

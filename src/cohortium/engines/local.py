@@ -5,7 +5,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cohortium.coordinator.result import Result, RoundRecord, Sample
-from cohortium.coordinator.rounds import Broadcast, Effect, Failed, Finished, RoundClosed, RunState, open_run, step
+from cohortium.coordinator.rounds import (
+    Broadcast,
+    Effect,
+    Failed,
+    Finished,
+    RoundClosed,
+    RunState,
+    inbound_limit,
+    open_run,
+    step,
+)
 from cohortium.core import codec
 from cohortium.core.errors import RunFailed
 from cohortium.core.layout import entry_names, pack
@@ -44,7 +54,7 @@ class _Wire:
             self.down += len(data)
             for answer in self.agents[site].receive(data):
                 self.up += len(answer)
-                reply = decode_from_site(answer)
+                reply = decode_from_site(answer, inbound_limit(self.state))
                 if self.tap:
                     self.tap(reply)
                 self.state, effects = step(self.state, site, reply)

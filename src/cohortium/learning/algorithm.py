@@ -2,6 +2,7 @@
 
     init()                                  -> state          coordinator
     broadcast(state)                        -> what sites see
+    admit(broadcast, before)                -> or refuses     at each site, before a record is touched
     local(broadcast, table, memory, random) -> statistics     at each site, on its own patients
     update(state, total)                    -> state          coordinator, on the SUM of the sites' statistics
 
@@ -16,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from cohortium.core import codec
+from cohortium.core.errors import ProtocolError
 from cohortium.core.layout import Floats, Layout, Statistics
 from cohortium.core.random import Randomness
 from cohortium.learning.table import Table
@@ -40,6 +42,16 @@ class Algorithm(Protocol[S, B, R]):
 
     def broadcast(self, state: S) -> B:
         """Returns what the sites need of the state for the coming round."""
+
+    def admit(self, broadcast: B, before: B | None) -> None:
+        """Checks, at a site, that an honest coordinator could send `broadcast` after `before` (None: at the start).
+
+        What it lets through must be safe to compute on: of the right shapes, finite, within bounds that no record
+        decides, and in the algorithm's own order.
+
+        Raises:
+            ProtocolError: no honest coordinator would send it.
+        """
 
     def layout(self, broadcast: B) -> Layout:
         """Returns the shape of the coming round's statistics, with a public bound for each."""
@@ -109,6 +121,15 @@ class Then(Generic[R]):
         algorithm, inner = self._current(state)
         fitted = b"" if state.fitted is None else codec.encode(state.fitted)
         return PhaseBroadcast(fitted, codec.encode(algorithm.broadcast(inner)))
+
+    def admit(self, broadcast: PhaseBroadcast, before: PhaseBroadcast | None) -> None:
+        if before is not None and before.fitted and broadcast.fitted != before.fitted:
+            raise ProtocolError("a broadcast was refused: what the first phase fitted has changed")
+        if before is None and broadcast.fitted:
+            raise ProtocolError("a broadcast was refused: it skips the first phase")
+        algorithm, inner = self._received(broadcast)
+        same_phase = before is not None and before.fitted == broadcast.fitted
+        algorithm.admit(inner, self._received(before)[1] if before is not None and same_phase else None)
 
     def layout(self, broadcast: PhaseBroadcast) -> Layout:
         algorithm, inner = self._received(broadcast)

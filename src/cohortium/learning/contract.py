@@ -1,6 +1,6 @@
 """The data contract: raw columns against the study's features, for training at a site and for scoring a patient."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import narwhals as nw
@@ -15,17 +15,17 @@ from cohortium.core.study import BinaryTarget, Category, Feature, Number, Number
 Mask = NDArray[np.bool_]
 
 
-def raw_columns(frame: Any, names: Sequence[str]) -> dict[str, Column]:
+def raw_columns(frame: Any, names: Sequence[str], as_text: Collection[str] = ()) -> dict[str, Column]:
     """Returns columns of a pandas, Polars or Arrow frame: numbers as floats (missing: NaN), others as text (None).
 
-    A mapping that already holds such columns is taken as it is.
+    A mapping that already holds such columns is taken as it is, but for those in `as_text`, which become text.
 
     Raises:
         DataError: it is not such a frame, or lacks a column.
     """
     if isinstance(frame, Mapping):
         require_columns(names, list(frame))
-        return {name: frame[name] for name in names}
+        return {name: _texts(frame[name].tolist()) if name in as_text else frame[name] for name in names}
     try:
         table = nw.from_native(frame, eager_only=True)
     except TypeError:
@@ -35,13 +35,15 @@ def raw_columns(frame: Any, names: Sequence[str]) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     for name in names:
         series = table[name]
+        if name in as_text:
+            columns[name] = _texts(series.to_list())
+            continue
         if series.dtype == nw.Boolean():
             series = series.cast(nw.Int8())
         if series.dtype.is_numeric():
             columns[name] = series.cast(nw.Float64()).to_numpy().astype(np.float64)
         else:
-            texts = [None if _absent(value) else str(value) for value in series.to_list()]
-            columns[name] = np.array(texts, dtype=object)
+            columns[name] = _texts(series.to_list())
     return columns
 
 
@@ -74,13 +76,14 @@ def conform(name: str, feature: Feature, column: Column) -> Floats:
     """
     if isinstance(feature, Number):
         return _within(name, column, feature.range, feature.unit, feature.outside)
-    return _coded(name, column, feature)
+    return _coded(name, column, feature, "Correct them, add the level, or set outside: missing.")
 
 
 def conform_target(target: Target, raw: Column) -> Floats:
     """Returns the target as a table holds it: 0 or 1, a number within range, or a count; NaN for missing."""
     if isinstance(target, BinaryTarget):
-        return _coded(target.name, labels(raw), Category(levels=target.levels))
+        advice = "Correct them, or change the target's levels."
+        return _coded(target.name, labels(raw), Category(levels=target.levels), advice)
     if isinstance(target, NumberTarget):
         numbers = _numbers(target.name, raw, target.unit)
         return _within(target.name, numbers, target.range, target.unit, target.outside)
@@ -146,7 +149,7 @@ def _within(name: str, column: Floats, bounds: tuple[float, float], unit: str, o
     )
 
 
-def _coded(name: str, labels: Column, feature: Category) -> Floats:
+def _coded(name: str, labels: Column, feature: Category, advice: str) -> Floats:
     codes = np.full(len(labels), np.nan)
     known = is_missing(labels)
     for index, level in enumerate(feature.levels):
@@ -156,11 +159,19 @@ def _coded(name: str, labels: Column, feature: Category) -> Floats:
     if feature.outside == "refuse" and not known.all():
         reason = f"column '{name}' holds values that are not among its levels {', '.join(feature.levels)}"
         raise DataError(
-            f"{reason} ({np.count_nonzero(~known)} patients). Nothing was sent. "
-            "Correct them, add the level, or set outside: missing.",
+            f"{reason} ({np.count_nonzero(~known)} patients). Nothing was sent. {advice}",
             public=reason,
         )
     return codes
+
+
+def _texts(values: Sequence[Any]) -> Column:
+    return np.array([None if _absent(value) else _text(value) for value in values], dtype=object)
+
+
+def _text(value: Any) -> str:
+    # pandas makes floats of integers where some are missing
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _absent(value: Any) -> bool:

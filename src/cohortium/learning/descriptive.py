@@ -121,6 +121,18 @@ class Describe:
         # Quantiles in one bin ask the same, once.
         return DescribeBroadcast(tuple(dict.fromkeys(bracket.interval for bracket in state.brackets if bracket.open)))
 
+    def admit(self, broadcast: DescribeBroadcast, before: DescribeBroadcast | None) -> None:
+        self._refuse_foreign(broadcast.intervals)
+        if before is None:
+            honest = not broadcast.intervals
+        elif not before.intervals:
+            honest = bool(broadcast.intervals) and all(len(interval.cells) == 1 for interval in broadcast.intervals)
+        else:
+            parents = {Interval(interval.column, interval.cells[:-1]) for interval in broadcast.intervals}
+            honest = bool(parents) and parents <= set(before.intervals)
+        if not honest:
+            raise ProtocolError("a broadcast was refused: its intervals do not narrow those of the round before")
+
     def layout(self, broadcast: DescribeBroadcast) -> Layout:
         bound = float(self.maximum)
         if broadcast.intervals:

@@ -13,7 +13,9 @@ sites inherit the first half: each is 0 or at least `least`.
 
 Not guaranteed: this is a heuristic of disclosure control, NOT differential privacy. Who knows the rule can narrow a
 hidden count to a range (with `least` = 2 at times to one value), two studies over cohorts that differ by one patient
-can be subtracted, and a sum over `least` patients is still a function of their values.
+can be subtracted, and a sum over `least` patients is still a function of their values. Means and variances are of all
+known values and are not withheld: of a number that takes few values, such as one coded 0 and 1, they give a hidden
+count away. Declare such a number as a category.
 
 The cost: cells are biased downward. In a vector of counts a site lowers each by at most `least` - 1, except that it may
 hide whole the smallest of those that reach `least`. Of a feature it leaves out at most `least` - 1 known values, or all

@@ -42,6 +42,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _WORK_FOR_THREADS = 1 << 22
 """Parameters times rows of a batch from which several threads pay."""
+_LARGEST = 1e4
+"""Parameters and control variates beyond this are never sent: training that leads there has diverged."""
 LOSS_BOUND = 16.0
 """A site's mean loss is reported up to this value; it only informs, no step depends on it."""
 
@@ -132,6 +134,16 @@ class FedAvg:
 
     def broadcast(self, state: FedAvgState) -> FedAvgBroadcast:
         return FedAvgBroadcast(state.round, state.parameters.astype(np.float32), state.control.astype(np.float32))
+
+    def admit(self, broadcast: FedAvgBroadcast, before: FedAvgBroadcast | None) -> None:
+        if broadcast.round != (0 if before is None else before.round + 1) or broadcast.round >= self.averaging.rounds:
+            raise ProtocolError("a broadcast was refused: its round is out of order")
+        start = self.broadcast(self.init()) if before is None else before
+        for part, own in ((broadcast.parameters, start.parameters), (broadcast.control, start.control)):
+            if part.shape != own.shape or part.dtype != np.float32 or not (np.abs(part) <= _LARGEST).all():
+                raise ProtocolError("a broadcast was refused: its parameters have another shape or are out of bounds")
+            if before is None and (part != own).any():
+                raise ProtocolError("a broadcast was refused: training starts with the study's own initial weights")
 
     def layout(self, broadcast: FedAvgBroadcast) -> Layout:
         blocks = [

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
-from cohortium.core.errors import CohortError, ConvergenceError
+from cohortium.core.errors import CohortError, ConvergenceError, ProtocolError
 from cohortium.core.layout import Block, Floats, Layout, Statistics
 from cohortium.core.random import Randomness
 from cohortium.core.study import CountTarget, Newton, NumberTarget, Regression, Target
@@ -31,10 +31,16 @@ Kind = Literal["logistic", "linear", "poisson"]
 
 _ETA = 30.0
 """Linear predictors count as at most this large; exp(-30) is nothing beside 1."""
+_LARGEST = 10_000.0
+"""A coefficient on the unit scale beyond this is never tried: at a hundredth of it, outcomes are already certain."""
+_LONGEST = 100.0
+"""The most that one step changes a coefficient on the unit scale; the first step of a regression may go too far."""
 _HEADROOM = 4.0
 """Poisson means count as at most this many times the largest admitted count."""
 _NEGLIGIBLE = 1e-4
 """Half a squared Newton decrement (0.014 standard errors) from which a stand-still means that rounding is all."""
+_EXACT = 1e-9
+"""Mean squared residual on the unit scale that rounding alone may leave."""
 _SEPARATED = 1e-6
 """Mean Hessian weight of a patient below which every outcome is predicted with certainty."""
 _REMEDY = "add a ridge penalty (model.penalty.l2), remove features"
@@ -181,6 +187,15 @@ class Glm:
     def broadcast(self, state: GlmState) -> GlmBroadcast:
         return GlmBroadcast(state.trial)
 
+    def admit(self, broadcast: GlmBroadcast, before: GlmBroadcast | None) -> None:
+        beta = broadcast.beta
+        if beta.shape != (self._size,) or beta.dtype != np.float64 or not (np.abs(beta) <= _LARGEST).all():
+            raise ProtocolError("a broadcast was refused: its coefficients have the wrong shape or are out of bounds")
+        if (before is None or self.model.kind == "linear") and beta.any():
+            raise ProtocolError("a broadcast was refused: fitting starts with all coefficients at zero")
+        if before is not None and (self.model.kind == "linear" or not beta.any()):
+            raise ProtocolError("a broadcast was refused: fitting was started before")
+
     def layout(self, broadcast: GlmBroadcast) -> Layout:
         law, size, most = family(self.model.kind, self.target), self._size, float(self.maximum)
         return (
@@ -223,14 +238,18 @@ class Glm:
             assert state.accepted is not None
             trial = state.accepted + length * state.direction
             return self._within_rounds(replace(state, trial=trial, length=length, rounds=rounds))
+        if hessian[0, 0] < _SEPARATED * rows:
+            raise ConvergenceError(f"the features separate the outcomes perfectly: {_REMEDY}")
         direction = _newton_step(hessian + np.diag(ridge), gradient)
         decrement = float(-gradient @ direction) / 2
+        length = min(1.0, _LONGEST / float(np.abs(direction).max(initial=_LONGEST)))
         accepted = GlmState(
-            trial=state.trial + direction,
+            trial=state.trial + length * direction,
             accepted=state.trial,
             gradient=gradient,
             hessian=hessian,
             direction=direction,
+            length=length,
             decrement=decrement,
             loss=loss,
             rows=rows,
@@ -249,8 +268,6 @@ class Glm:
     def finish(self, state: GlmState) -> GlmFit:
         assert state.hessian is not None
         beta, ridge, loss = state.trial, self._ridge(), state.loss
-        if state.hessian[0, 0] < _SEPARATED * state.rows:
-            raise ConvergenceError(f"the features separate the outcomes perfectly: {_REMEDY}")
         bread = np.linalg.inv(state.hessian + np.diag(ridge))
         covariance = bread @ state.hessian @ bread
         freedom = np.inf
@@ -261,6 +278,8 @@ class Glm:
             freedom = state.rows - self._size
             if freedom <= 0:
                 raise CohortError(f"{state.rows:.0f} patients cannot support {self._size} coefficients")
+            if loss <= _EXACT * state.rows:
+                raise CohortError("the features predict the target exactly, so errors cannot be judged: remove some")
             covariance = covariance * (2 * loss / freedom)
             loss *= _target_scale(self.target)[1] ** 2
         to_raw, offset = self._raw()
@@ -296,6 +315,8 @@ class Glm:
         return here > -_OVERSHOOT * start
 
     def _within_rounds(self, state: GlmState) -> GlmState:
+        if not state.converged and np.abs(state.trial).max() > _LARGEST:
+            raise ConvergenceError(f"the coefficients grow without bound: {_REMEDY}")
         if not state.converged and state.rounds >= self.training.rounds:
             raise ConvergenceError(
                 f"no convergence in {state.rounds} rounds, perhaps because features separate the outcomes: {_REMEDY}, "

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,9 +76,9 @@ class GlobalModel:
         Raises:
             DataError: a column is missing or does not keep the study's data contract.
         """
-        return self.score(_table(self.study, frame))
+        return self.expect(_table(self.study, frame))
 
-    def score(self, table: Table) -> Floats:
+    def expect(self, table: Table) -> Floats:
         """Returns the expected target of each row of a table that already keeps the contract, `(n,)`."""
         if isinstance(self.fit, GlmFit):
             return self.fit.predict_mean(self.encoder.design(table, "none"))
@@ -153,7 +154,7 @@ def from_bytes(data: bytes) -> GlobalModel:
     try:
         if len(data) > MAX_MODEL_BYTES:
             raise ValueError
-        content = json.loads(data)
+        content = json.loads(data, parse_float=_finite, parse_constant=_finite)
         if content["format"] != _FORMAT:
             raise ValueError
         study = parse(content["study"])
@@ -163,6 +164,8 @@ def from_bytes(data: bytes) -> GlobalModel:
             fit = msgspec.convert(content["glm"], GlmFit)
         else:
             fit = codec.decode(base64.b64decode(content["network"], validate=True), NetworkFit)
+            if not (math.isfinite(fit.loss) and all(np.isfinite(weight).all() for weight in fit.weights)):
+                raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError, CohortiumError):
         raise StudyError("this is not a model file of a version that can be read") from None
     if study_id(study) != content.get("study_id"):
@@ -173,16 +176,27 @@ def from_bytes(data: bytes) -> GlobalModel:
     return model
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 def _fits(model: GlobalModel) -> bool:
     """Returns whether a patient of whom nothing is known can be scored, which takes every part of a model."""
-    if isinstance(model.fit, GlmFit) != isinstance(model.study.model, Regression):
-        return False
     try:
+        if isinstance(model.study.model, Regression):
+            expected_fit = model.study.model.kind, ("(intercept)", *model.columns_)
+            if not isinstance(model.fit, GlmFit) or (model.fit.kind, model.fit.names) != expected_fit:
+                return False
+        elif isinstance(model.fit, GlmFit):
+            return False
         with np.errstate(all="ignore"):
-            score = model.score(Table(1, {name: np.full(1, np.nan) for name in model.study.cohort.features}))
-    except (KeyError, IndexError, TypeError, ValueError):
+            expected = model.expect(Table(1, {name: np.full(1, np.nan) for name in model.study.cohort.features}))
+    except (KeyError, IndexError, TypeError, ValueError, CohortiumError):
         return False
-    return score.shape == (1,)
+    return expected.shape == (1,)
 
 
 def _table(study: Study, frame: Any) -> Table:

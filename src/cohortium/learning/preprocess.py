@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from cohortium.core.errors import CohortError
+from cohortium.core.errors import CohortError, ProtocolError
 from cohortium.core.layout import Block, Floats, Layout, Statistics
 from cohortium.core.random import Randomness
 from cohortium.core.study import Category, Feature, Number
@@ -51,6 +51,17 @@ class Encoder:
 
     features: Mapping[str, Feature]
     fitted: Fitted
+
+    def __post_init__(self) -> None:
+        fitted, numbers = self.fitted, {n: f for n, f in self.features.items() if isinstance(f, Number)}
+        categories = {n: f for n, f in self.features.items() if isinstance(f, Category)}
+        if (
+            not (fitted.means.keys() == fitted.deviations.keys() == numbers.keys())
+            or fitted.modes.keys() != categories.keys()
+            or not all(_plausible(f.range, fitted.means[n], fitted.deviations[n]) for n, f in numbers.items())
+            or not all(0 <= fitted.modes[n] < len(f.levels) for n, f in categories.items())
+        ):
+            raise ProtocolError("preprocessing was refused: it cannot have been fitted to data within the ranges")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -118,6 +129,10 @@ class Preprocess:
     def broadcast(self, state: FitState) -> FitBroadcast:
         return FitBroadcast()
 
+    def admit(self, broadcast: FitBroadcast, before: FitBroadcast | None) -> None:
+        if before is not None:
+            raise ProtocolError("a broadcast was refused: preprocessing takes one round")
+
     def layout(self, broadcast: FitBroadcast) -> Layout:
         blocks: list[Block] = []
         for name, feature in self.features.items():
@@ -160,6 +175,12 @@ class Preprocess:
 
     def progress(self, state: FitState) -> tuple[int, float | None]:
         return (0 if self.done(state) else 1), None
+
+
+def _plausible(bounds: tuple[float, float], mean: float, deviation: float) -> bool:
+    middle, half = middle_and_half(bounds)
+    # a variance within the range is at most half squared; a little room for rounding and quantising
+    return abs(mean - middle) <= 1.01 * half and 0.5 * _LEAST_VARIANCE**0.5 * half <= deviation <= 1.01 * half
 
 
 def _moments(name: str, sums: Floats) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 Trust: a coordinator that swaps, drops or invents a key is caught, because every site checks each peer's signature
 with the identity it pinned beforehand, over the run, the study, the peer's name and the peer's key. What an attacker
 who holds a site's identity key gains: it can take that site's place in later runs; past runs stay closed, because the
-agreement keys are made for one run and forgotten.
+agreement keys are made for one run, and the root that they come from moves on (`cohortium.site.agent`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """From a dataset to the study's cohort at this site: filter, contract, patients counted once, and enough of them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,14 +22,14 @@ def columns_needed(plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class Subset:
-    """The rows of a dataset whose patients are listed. Itself a data source."""
+    """The rows of a dataset whose patients are listed, as text. Itself a data source."""
 
     source: DataSource
     patient: str
-    keep: frozenset[float | str]
+    keep: frozenset[str] = field(repr=False)
 
-    def read(self, names: Sequence[str]) -> Mapping[str, Column]:
-        columns = self.source.read([self.patient, *names])
+    def read(self, names: Sequence[str], *, as_text: Collection[str] = ()) -> Mapping[str, Column]:
+        columns = self.source.read(list({self.patient: None, **dict.fromkeys(names)}), as_text={self.patient, *as_text})
         rows = np.array([identifier in self.keep for identifier in columns[self.patient]], dtype=bool)
         return {name: columns[name][rows] for name in names}
 
@@ -49,13 +49,13 @@ def load(plan: Plan, source: DataSource) -> Table:
 
 
 def assemble(plan: Plan, source: DataSource) -> tuple[Column, Table]:
-    """Returns the identifiers and the rows of the cohort's patients, as the study's data contract describes them.
+    """Returns the identifiers (as text) and the rows of the cohort's patients, as the data contract describes them.
 
     Raises:
         DataError: the data break the contract.
     """
     cohort = plan.study.cohort
-    raw = source.read(columns_needed(plan))
+    raw = source.read(columns_needed(plan), as_text={cohort.patient})
     columns = typed(cohort.features, raw)
     if plan.where is not None:
         passes = plan.where(columns)

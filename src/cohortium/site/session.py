@@ -5,6 +5,7 @@ Every refusal is final for the run: after one, the session answers nothing more.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -74,6 +75,7 @@ class Session(msgspec.Struct, frozen=True):
     announced: Announcement | None = None
     masker: Masker | None = None
     waiting: OpenRound | None = None
+    before: Any = None
     memory: Memory = msgspec.field(default_factory=dict)
     over: bool = False
 
@@ -102,11 +104,15 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
             return _agree(session, event)
         case OpenRound() if session.masker is not None and session.waiting is None:
             assert session.plan is not None
+            if event.round != session.masker.last_round + 1 or event.round > session.plan.rounds:
+                raise ProtocolError(f"round {event.round} was refused: it is out of order or beyond the study's rounds")
             return replace(session, waiting=event), [LoadCohort(session.plan)]
         case Table() if session.waiting is not None:
             return _contribute(session, session.waiting, event)
         case CloseRun():
-            return replace(session, over=True, private=None, masker=None, memory={}), []
+            blank = Randomness(bytes(32))
+            ended = replace(session, over=True, private=None, masker=None, before=None, memory={})
+            return replace(ended, randomness=blank, training=blank), []
     raise ProtocolError("a message was refused: it came twice or out of order")
 
 
@@ -120,7 +126,7 @@ def _open_run(session: Session, message: OpenRun) -> tuple[Session, list[Effect]
 
 
 def _announce(session: Session) -> tuple[Session, list[Effect]]:
-    # the cohort was read only to be sure that it keeps the contract; it is read again in each round
+    # the cohort was read only to be sure that it keeps the contract; each round asks for it again
     assert session.plan is not None
     member = session.membership
     private = X25519PrivateKey.from_private_bytes(session.randomness.child("agreement", session.run).bytes(32))
@@ -144,10 +150,11 @@ def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Sess
     assert session.plan is not None and session.masker is not None and session.training is not None
     algorithm = session.plan.algorithm
     broadcast = codec.decode(opened.broadcast, algorithm.broadcast_type)
+    algorithm.admit(broadcast, session.before)
     layout = algorithm.layout(broadcast)
     with np.errstate(all="ignore"):  # what overflows becomes infinite, and `pack` refuses that
         statistics, memory = algorithm.local(broadcast, table, session.memory, session.training)
     encoded = session.plan.stages(layout).encode(pack(layout, statistics))
     masked, later = session.masker.mask(opened.round, opened.broadcast, encoded)
     update = MaskedUpdate(session.run, session.membership.site, opened.round, masked)
-    return replace(session, masker=later, waiting=None, memory=memory), [Send(update)]
+    return replace(session, masker=later, waiting=None, before=broadcast, memory=memory), [Send(update)]
