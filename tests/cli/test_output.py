@@ -25,6 +25,7 @@ def test_lines_pairs_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     output.table(EVIL, [EVIL, EVIL], [[EVIL, EVIL]])
     printed = capsys.readouterr().out
     assert printed.count(PLAIN) == 8
+    assert f"{PLAIN}\\" not in printed
     assert not any(character in printed for character in "\x1b\u202e\r\x07\u2028")
 
 

@@ -690,7 +690,7 @@ RULES: list[tuple[str, str, Any, str]] = [
 
 
 def test_an_integer_too_long_to_be_written_out() -> None:
-    with pytest.raises(StudyError, match="'version' is wrong: .*1000000000$"):
+    with pytest.raises(StudyError, match=r"'version' is wrong: .*1000000000$"):
         parse(full("logistic", "binary") | {"version": 16**5000})
 
 

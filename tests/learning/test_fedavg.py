@@ -389,3 +389,43 @@ def test_a_diverging_site_sends_nothing() -> None:
     table = replace(UNEQUAL[0], columns={name: column * 1e30 for name, column in UNEQUAL[0].columns.items()})
     with pytest.raises(ConvergenceError, match="learning_rate"):
         one_local(algorithm(steps=5, learning_rate=1e10), table)
+
+
+class TestAdmitted:
+    """What a site lets a coordinator ask."""
+
+    def test_the_honest_sequence(self) -> None:
+        subject = algorithm(rounds=3, scaffold=True)
+        first = subject.broadcast(subject.init())
+        subject.admit(first, None)
+        moved = replace(first, round=1, parameters=first.parameters + np.float32(0.5))
+        subject.admit(moved, first)
+        with pytest.raises(ProtocolError, match="out of order"):
+            subject.admit(replace(moved, round=3), replace(moved, round=2))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"parameters": np.full(4, np.nan, np.float32)},
+            {"parameters": np.full(4, 1e5, np.float32)},
+            {"parameters": np.zeros(5, np.float32)},
+            {"parameters": np.zeros((4, 1), np.float32)},
+            {"parameters": np.zeros(4)},
+            {"control": np.zeros((4, 4), np.float32)},
+            {"control": np.full(4, np.inf, np.float32)},
+            {"round": 0},
+            {"round": 2},
+        ],
+    )
+    def test_anything_else(self, change: dict[str, Any]) -> None:
+        subject = algorithm(rounds=3, scaffold=True)
+        first = subject.broadcast(subject.init())
+        honest = replace(first, round=1)
+        with pytest.raises(ProtocolError):
+            subject.admit(replace(honest, **change), first)
+
+    def test_another_start(self) -> None:
+        subject = algorithm(rounds=3)
+        first = subject.broadcast(subject.init())
+        with pytest.raises(ProtocolError, match="the study's own initial weights"):
+            subject.admit(replace(first, parameters=first.parameters + np.float32(1e-3)), None)

@@ -702,8 +702,8 @@ class TestLyingCoordinator:
     def test_more_rounds_than_the_study_has(self) -> None:
         agent = self.second_phase()
         for number in range(3, 27):
-            assert isinstance(answer(agent, hostile(number))[0], MaskedUpdate)
-        refuses_for_good(agent, hostile(27), "beyond the study's rounds")
+            assert isinstance(answer(agent, hostile(number, beta=np.full(14, 0.1)))[0], MaskedUpdate)
+        refuses_for_good(agent, hostile(27, beta=np.full(14, 0.1)), "beyond the study's rounds")
 
     def test_skipping_the_first_phase(self) -> None:
         stage = start()
@@ -861,7 +861,7 @@ def test_what_is_wrong_with_the_data_taken_together_is_said_by_the_coordinator()
 
 def test_an_agents_own_failure_is_not_told() -> None:
     class Falling:
-        def read(self, names: Any) -> Any:
+        def read(self, names: Any, as_text: Any = ()) -> Any:
             raise RuntimeError("patient Jane Doe, born 1950")
 
         def fingerprint(self) -> str:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from cohortium.coordinator.rounds import RoundClosed
 from cohortium.core.document import hides
@@ -48,12 +48,12 @@ class Output:
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
         for label, text in rows:
-            grid.add_row(f"  {_literal(label)}", _literal(text))
+            grid.add_row(_literal(f"  {label}"), _literal(text))
         self._console.print(grid)
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Prints a table; the first column is text, the others numbers."""
-        table = Table(title=_literal(title), title_justify="left", title_style="bold", header_style="bold")
+        table = Table(title=_literal(title, "bold"), title_justify="left", header_style="bold")
         for index, column in enumerate(columns):
             table.add_column(_literal(column), justify="right" if index else "left", overflow="fold")
         for row in rows:
@@ -99,7 +99,7 @@ def report_error(error: CohortiumError, as_json: bool) -> int:
         print(json.dumps({"error": str(error), "exit_code": error.exit_code}), file=sys.stderr)
     else:
         console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
-        console.print(f"[bold red]error:[/] {_literal(str(error))}")
+        console.print(Text.assemble(("error:", "bold red"), " ", visible(str(error))))
     return error.exit_code
 
 
@@ -110,9 +110,9 @@ def visible(text: str) -> str:
     return "".join("?" if hides(character) and character != "\n" else character for character in text)
 
 
-def _literal(text: str) -> str:
-    """Returns text for rich, which takes words in brackets for styles."""
-    return escape(visible(text))
+def _literal(text: str, style: str = "") -> Text:
+    """Returns text for rich, which would take words in brackets for styles."""
+    return Text(visible(text), style)
 
 
 def _width() -> int | None:
