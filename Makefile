@@ -48,15 +48,18 @@ arch: $(VENV)/.test ## import contracts
 docs: $(VENV)/.test ## regenerate the reference pages and run every code block
 	$(BIN)/python tools/study_reference.py
 	$(BIN)/python tools/command_reference.py
+	$(BIN)/python tools/readme_figures.py
 	$(BIN)/python -m pytest tests/docs
 
 bench: bench-engine bench-flamby ## all benchmarks
 
 bench-flamby: $(VENV)/.test ## FLamby's Fed-Heart-Disease, five seeds
 	$(BIN)/python benchmarks/bench_flamby.py
+	$(BIN)/python tools/readme_figures.py
 
 bench-engine: $(VENV)/.test ## overhead of the local engine
 	$(BIN)/python benchmarks/bench_engine.py
+	$(BIN)/python tools/readme_figures.py
 
 format: $(VENV)/.test ## let ruff rewrite the layout
 	$(BIN)/ruff check --fix .

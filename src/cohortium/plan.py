@@ -6,6 +6,7 @@ for that this version cannot give is refused here, before any record is read.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -50,12 +51,12 @@ class Plan:
     phases: tuple[Phase, ...]
     where: Filter | None
 
-    @property
+    @cached_property
     def rounds(self) -> int:
         """The most rounds that a run may take."""
         return sum(phase.rounds for phase in self.phases)
 
-    @property
+    @cached_property
     def broadcast_limit(self) -> int:
         """More bytes than any round's broadcast takes."""
         intervals = len(self.study.model.quantiles) if isinstance(self.study.model, Descriptive) else 1

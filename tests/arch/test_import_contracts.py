@@ -64,7 +64,9 @@ def test_every_contract_holds() -> None:
     assert verdicts(PROJECT / "src") == dict.fromkeys([LAYERS, ADAPTERS, SECURE_SUM, PURE, CYCLES], "KEPT")
 
 
-@pytest.mark.parametrize(("module", "line", "broken"), BREACHES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("module", "line", "broken"), BREACHES, ids=lambda value: value[:40] if isinstance(value, str) else None
+)
 def test_a_breach_breaks_the_contract_that_forbids_it(copy: Path, module: str, line: str, broken: set[str]) -> None:
     file = copy / "cohortium" / module
     file.write_text((file.read_text() if file.exists() else "") + f"\n{line}\n")

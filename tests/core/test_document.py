@@ -733,3 +733,12 @@ def test_left_out_training_becomes_newton_for_a_regression() -> None:
     content = full("logistic", "binary")
     del content["training"]
     assert parse(content).training == Newton()
+
+
+def test_a_summary_may_be_a_block_of_lines() -> None:
+    content = copy.deepcopy(DOCUMENTS[0])
+    content["purpose"]["summary"] = "Why we ask.\nAnd of whom.\n"
+    assert parse(content).purpose.summary.endswith("whom.\n")
+    content["cohort"]["dataset"] += "\n"
+    with pytest.raises(StudyError, match="U\\+000A"):
+        parse(content)

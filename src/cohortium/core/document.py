@@ -30,7 +30,9 @@ def parse(document: Mapping[str, Any]) -> Study:
         StudyError: a key is unknown or missing, or a value is not allowed; the first problem in one sentence.
     """
     for place, text in _texts(document):
-        hidden = next(filter(hides, text), None) if not text.isprintable() else None
+        # YAML's block texts end their lines, and only the summary is long enough to want one
+        line_end = "\n" if tuple(place) == ("purpose", "summary") else ""
+        hidden = next((one for one in text if hides(one) and one != line_end), None) if not text.isprintable() else None
         if hidden is not None:
             where = f"'{'.'.join(place)}'" if place else "a key of the study"
             raise StudyError(

@@ -48,13 +48,14 @@ class _Wire:
         """Brings a message to every site and the answers back; returns what the coordinator then wants done."""
         data = codec.encode(message)
         wanted: list[Effect] = []
+        limit = inbound_limit(self.state)
         for site in self.state.plan.sites:
             if self.state.phase == "over" and not isinstance(message, CloseRun):
                 break  # a site refused: nothing more is asked of the others
             self.down += len(data)
             for answer in self.agents[site].receive(data):
                 self.up += len(answer)
-                reply = decode_from_site(answer, inbound_limit(self.state))
+                reply = decode_from_site(answer, limit)
                 if self.tap:
                     self.tap(reply)
                 self.state, effects = step(self.state, site, reply)

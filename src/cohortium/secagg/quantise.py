@@ -56,17 +56,13 @@ class FixedPoint:
         for block, exponent in zip(self.layout, self.exponents, strict=True):
             stop = start + block.size
             part, bound = vector[start:stop], block.bound
-            if stop > start:
-                edge = bound * (1 + _SLACK) if block.excess == "refuse" else _LARGEST
-                # reduced by the ufuncs themselves; a NaN fails both comparisons
-                if not (np.minimum.reduce(part) >= -edge and np.maximum.reduce(part) <= edge):
-                    raise ProtocolError(f"statistic '{block.name}' is not finite or exceeds its bound {bound:g}")
-            clipped = np.minimum(part, bound, out=scaled[start:stop])
-            np.maximum(clipped, -bound, out=clipped)
-            clipped *= 2.0**exponent
+            # a NaN fails both comparisons
+            if not (np.minimum.reduce(part, initial=0.0) >= -bound and np.maximum.reduce(part, initial=0.0) <= bound):
+                part = _clipped(block, part)
+            np.multiply(part, 2.0**exponent, out=scaled[start:stop])
             start = stop
         signed = np.rint(scaled, out=scaled).astype(_signed(self.bits))
-        return signed.view(np.uint32) if self.bits == 32 else signed.view(np.uint64)
+        return signed.view(np.uint32 if self.bits == 32 else np.uint64)
 
     def decode(self, total: Residues) -> Floats:
         """Returns the sum of the sites' vectors that `total`, a sum of residues, stands for."""
@@ -81,6 +77,13 @@ class FixedPoint:
     def events(self) -> tuple[DpEvent, ...]:
         """Rounding gives no privacy and costs none."""
         return ()
+
+
+def _clipped(block: Block, part: Floats) -> Floats:
+    edge = block.bound * (1 + _SLACK) if block.excess == "refuse" else _LARGEST
+    if not (np.abs(part) <= edge).all():
+        raise ProtocolError(f"statistic '{block.name}' is not finite or exceeds its bound {block.bound:g}")
+    return np.clip(part, -block.bound, block.bound)
 
 
 @lru_cache(maxsize=64)
