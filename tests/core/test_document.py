@@ -247,7 +247,7 @@ class TestCanonicalBytes:
             Study(**{**vars(PYTHON_STUDY), "model": Regression(kind="logistic", confidence=2.0)}),
             Study(**{**vars(PYTHON_STUDY), "training": Newton(rounds=0)}),
             Study(**{**vars(PYTHON_STUDY), "training": Newton(tolerance=float("nan"))}),
-            Study(**{**vars(PYTHON_STUDY), "purpose": Purpose(summary="a\nb")}),
+            Study(**{**vars(PYTHON_STUDY), "purpose": Purpose(summary="a\rb")}),
             Study(**{**vars(PYTHON_STUDY), "purpose": Purpose(summary="\ud800")}),
         ):
             with pytest.raises(StudyError):
@@ -493,6 +493,8 @@ TEXTS = [
 @pytest.mark.parametrize("path", TEXTS)
 @pytest.mark.parametrize("hidden", HIDDEN, ids=ascii)
 def test_no_text_holds_a_hidden_character(path: str, hidden: str) -> None:
+    if (path, hidden) == ("purpose.summary", "\n"):
+        return  # the one text that may have lines: see below
     content: Any = full("logistic", "binary")
     *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
     section = at(content, tuple(parents))
