@@ -12,6 +12,7 @@ from cohortium.core.filter import Column, is_missing
 from cohortium.core.layout import Floats
 from cohortium.core.study import BinaryTarget, Category, Feature, Number, NumberTarget, Target
 
+_RAISE = "Correct them, or raise the target's maximum."
 Mask = NDArray[np.bool_]
 
 
@@ -87,14 +88,14 @@ def conform_target(target: Target, raw: Column) -> Floats:
     if isinstance(target, NumberTarget):
         numbers = _numbers(target.name, raw, target.unit)
         return _within(target.name, numbers, target.range, target.unit, target.outside)
-    counts = _within(target.name, _numbers(target.name, raw, "count"), (0, target.maximum), "count", "refuse")
+    counts = _within(target.name, _numbers(target.name, raw, "count"), (0, target.maximum), "count", "refuse", _RAISE)
     if (counts[~np.isnan(counts)] % 1 != 0).any():
         reason = f"column '{target.name}' holds fractions, and a count is a whole number"
         raise DataError(f"{reason}. Nothing was sent.", public=reason)
     return counts
 
 
-def after_missing(name: str, rule: str, column: Floats) -> Mask:
+def after_missing(name: str, rule: str, column: Floats, offered: str = "impute or exclude") -> Mask:
     """Returns which rows stay under a rule for missing values ("refuse", "impute" or "exclude").
 
     Raises:
@@ -105,7 +106,7 @@ def after_missing(name: str, rule: str, column: Floats) -> Mask:
         reason = f"column '{name}' has missing values (NaN or empty)"
         raise DataError(
             f"column '{name}' has {missing.sum()} missing values (NaN or empty). Nothing was sent. "
-            "Fill them, or set missing: impute or exclude.",
+            f"Fill them, or set missing: {offered}.",
             public=reason,
         )
     return ~missing if rule == "exclude" else np.ones(len(column), dtype=bool)
@@ -127,7 +128,14 @@ def labels(raw: Column) -> Column:
     return np.array([None if np.isnan(value) else f"{value:.15g}" for value in raw], dtype=object)
 
 
-def _within(name: str, column: Floats, bounds: tuple[float, float], unit: str, outside: str) -> Floats:
+def _within(
+    name: str,
+    column: Floats,
+    bounds: tuple[float, float],
+    unit: str,
+    outside: str,
+    remedy: str = "Widen the range, or set outside: clip.",
+) -> Floats:
     if np.isinf(column).any():
         reason = f"column '{name}' holds an infinite value"
         raise DataError(f"{reason}. Nothing was sent. Correct it or leave it empty.", public=reason)
@@ -142,7 +150,7 @@ def _within(name: str, column: Floats, bounds: tuple[float, float], unit: str, o
         return np.where(beyond, np.nan, column)
     counts = [f"{mask.sum()} values {word}" for mask, word in ((below, "below"), (above, "above")) if mask.any()]
     span = f"the study's range {low:g}..{high:g} ({unit})"
-    advice = "Nothing was sent. Widen the range, or set outside: clip."
+    advice = f"Nothing was sent. {remedy}"
     raise DataError(
         f"column '{name}' holds {' and '.join(counts)} {span}. {advice}",
         public=f"column '{name}' holds values outside {span}",

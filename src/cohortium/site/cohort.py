@@ -69,7 +69,7 @@ def assemble(plan: Plan, source: DataSource) -> tuple[Column, Table]:
     target = None
     if cohort.target is not None:
         target = conform_target(cohort.target, raw[cohort.target.name])
-        stay &= after_missing(cohort.target.name, cohort.target.missing, target)
+        stay &= after_missing(cohort.target.name, cohort.target.missing, target, "exclude")
     return raw[cohort.patient][stay], Table(len(stay), conformed, target).take(stay)
 
 
