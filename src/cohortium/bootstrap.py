@@ -147,24 +147,19 @@ def compare(
 
 def write_report(result: Result, path: str | Path, comparison: tuple[Comparison, ...] = ()) -> None:
     """Writes a run's report: one HTML page that needs nothing else."""
-    # matplotlib takes a second to import, and only reports need it
-    from cohortium.web.assemble import assemble
-    from cohortium.web.report import render
-
-    page = render(assemble(result, compile_study(result.study), comparison))
-    write_file(path, page.encode())
+    write_file(path, _report(result, comparison))
 
 
 def write_result(result: Result, folder: str | Path, comparison: tuple[Comparison, ...] = ()) -> list[Path]:
     """Writes result.json, model.json (if there is a model) and report.html, and returns their paths."""
-    folder = Path(folder)
-    written = [folder / "result.json", folder / "report.html"]
-    write_file(written[0], json.dumps(as_json(result, comparison), indent=1, allow_nan=False).encode())
-    write_report(result, written[1], comparison)
+    # all is made before anything is written, so that a failure leaves no half of it
+    contents = {"result.json": json.dumps(as_json(result, comparison), indent=1, allow_nan=False).encode()}
     if not isinstance(result.outcome, Summary):
-        save_model(result.model, folder / "model.json")
-        written.insert(1, folder / "model.json")
-    return written
+        contents["model.json"] = result.model.to_bytes()
+    contents["report.html"] = _report(result, comparison)
+    for name, data in contents.items():
+        write_file(Path(folder) / name, data)
+    return [Path(folder) / name for name in contents]
 
 
 def score_file(model: GlobalModel, path: str | Path) -> tuple[list[str], list[float]]:
@@ -201,6 +196,14 @@ def source_of(data: Any) -> DataSource:
     if isinstance(data, str | Path):
         return FileSource(Path(data))
     return data if hasattr(data, "fingerprint") else FrameSource(data)
+
+
+def _report(result: Result, comparison: tuple[Comparison, ...]) -> bytes:
+    # matplotlib takes a second to import, and only reports need it
+    from cohortium.web.assemble import assemble
+    from cohortium.web.report import render
+
+    return render(assemble(result, compile_study(result.study), comparison)).encode()
 
 
 def _require_sites(plan: Plan, sites: Mapping[str, Any]) -> None:

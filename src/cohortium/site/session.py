@@ -152,7 +152,7 @@ def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Sess
     broadcast = codec.decode(opened.broadcast, algorithm.broadcast_type)
     algorithm.admit(broadcast, session.before)
     layout = algorithm.layout(broadcast)
-    with np.errstate(all="ignore"):  # what overflows becomes infinite, and `pack` refuses that
+    with np.errstate(all="ignore"):  # what overflows becomes infinite, and encoding refuses that
         statistics, memory = algorithm.local(broadcast, table, session.memory, session.training)
     encoded = session.plan.stages(layout).encode(pack(layout, statistics))
     masked, later = session.masker.mask(opened.round, opened.broadcast, encoded)
