@@ -9,7 +9,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cohortium.adapters import bundled, files
+from cohortium.adapters import bundled, files, machine
 from cohortium.adapters.sources import FileSource, FrameSource
 from cohortium.coordinator.result import Result, Simulated, as_json
 from cohortium.core.errors import StudyError, nearest
@@ -22,6 +22,7 @@ from cohortium.learning.descriptive import Summary
 from cohortium.learning.evaluation import Comparison
 from cohortium.learning.model import GlobalModel
 from cohortium.plan import Compiler, Plan, compile_study
+from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.agent import Agent
 from cohortium.site.ports import DataSource
 from cohortium.site.session import Membership
@@ -78,6 +79,7 @@ def simulate(
     seed: int,
     keep_sample: bool = False,
     progress: local.Progress | None = None,
+    faults: local.Faults | None = None,
 ) -> Result:
     """Runs a study in this process, through the messages and state machines that a network would carry.
 
@@ -91,6 +93,7 @@ def simulate(
         keep_sample: keep one site's vector before and after masking, to show what masking does. The report then
             shows that site's own sums.
         progress: called after each round.
+        faults: called with a site and a message to or from it; says whether it is lost, to see what dropouts do.
 
     Raises:
         StudyError: the study cannot be run, or the sites are not those of the study.
@@ -99,7 +102,8 @@ def simulate(
     """
     plan = compile_study(study)
     root = _seeded(seed)
-    agents = simulated_agents(plan, sites, root)
+    means = _means(plan)
+    agents = simulated_agents(plan, sites, root, means=means[0])
     first = plan.sites[0]
     masked: list[MaskedUpdate] = []
 
@@ -108,7 +112,9 @@ def simulate(
             masked.append(message)
 
     tap = keep_one if keep_sample else None
-    result = local.run(plan, agents, _run_name(root), time.perf_counter, tap, progress)
+    result = local.run(
+        plan, agents, _run_name(root), time.perf_counter, coordinator_key(root), means[1], tap, progress, faults
+    )
     patients = {name: agent.table.rows for name, agent in agents.items()}
     sample = local.sample(plan, masked[0], agents[first].table) if masked else None
     return replace(result, simulated=Simulated(seed=seed, patients=patients, sample=sample))
@@ -173,8 +179,17 @@ def score_file(model: GlobalModel, path: str | Path) -> tuple[list[str], list[fl
     return [str(value) for value in columns[patient]], model.predict_mean(columns).tolist()
 
 
+def coordinator_key(root: Randomness) -> Ed25519PrivateKey:
+    """Returns the signing key of a simulation's coordinator, which follows from `root`."""
+    return Ed25519PrivateKey.from_private_bytes(root.child("coordinator").bytes(32))
+
+
 def simulated_agents(
-    plan: Plan, sites: Mapping[str, Any], root: Randomness, compiler: Compiler = compile_study
+    plan: Plan,
+    sites: Mapping[str, Any],
+    root: Randomness,
+    compiler: Compiler = compile_study,
+    means: Means = PLAIN,
 ) -> dict[str, Agent]:
     """Returns one agent for each site of the study, with identities that follow from `root`."""
     _require_sites(plan, sites)
@@ -183,9 +198,15 @@ def simulated_agents(
     }
     pinned = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
     approved = frozenset({plan.study_id})
+    coordinator = coordinator_key(root).public_key().public_bytes_raw()
     return {
         name: Agent(
-            Membership(name, identity, pinned), source_of(sites[name]), approved, root.child("site", name), compiler
+            Membership(name, identity, pinned, coordinator),
+            source_of(sites[name]),
+            approved,
+            root.child("site", name),
+            compiler,
+            means,
         )
         for name, identity in identities.items()
     }
@@ -196,6 +217,17 @@ def source_of(data: Any) -> DataSource:
     if isinstance(data, str | Path):
         return FileSource(Path(data))
     return data if hasattr(data, "fingerprint") else FrameSource(data)
+
+
+def _means(plan: Plan) -> tuple[Means, Means]:
+    """Returns what this machine brings to a sum, at a site and at the coordinator."""
+    here = machine.means()
+    if plan.study.aggregation.protocol != "ckks-single-key":
+        return here, here
+    from cohortium.secagg.ckks import make_keys
+
+    secret, public = make_keys()
+    return replace(here, ckks=secret), replace(here, ckks=public)
 
 
 def _report(result: Result, comparison: tuple[Comparison, ...]) -> bytes:

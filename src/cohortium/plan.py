@@ -14,6 +14,7 @@ from cohortium.core import document
 from cohortium.core.errors import StudyError
 from cohortium.core.filter import Filter, compile_filter
 from cohortium.core.layout import Block, Layout, size
+from cohortium.core.messages import MOST_MISSED
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, chain
 from cohortium.core.study import Averaging, Category, Descriptive, Feature, Network, Newton, Number, Regression, Study
@@ -22,23 +23,55 @@ from cohortium.learning.descriptive import Describe, Summary
 from cohortium.learning.glm import Glm
 from cohortium.learning.model import GlobalModel
 from cohortium.learning.preprocess import Encoder, Fitted, Preprocess, middle_and_half
-from cohortium.secagg.quantise import fixed_point
+from cohortium.secagg.compress import Compressed, compressed
+from cohortium.secagg.group import Group, Tolerance, tolerance
+from cohortium.secagg.masking import Masking
+from cohortium.secagg.quantise import FixedPoint, fixed_point
+from cohortium.secagg.scheme import Scheme
+from cohortium.secagg.stream import PLAIN, Means
 
 MAX_VALUES = 50_000_000
 """Most numbers that a site sends in a round; a hostile study shall not exhaust a site's memory."""
+_FRAME = 32
+"""More than sealing and framing add to a share."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase of a run sends: `values` numbers a round from each site, at most `rounds` rounds.
+    """What one phase of a run sends: a vector of this layout from each site, in at most `rounds` rounds.
 
-    `precision` is the largest error that quantisation may leave in an entry of the sum, relative to its bound.
+    `precision` is the largest error that quantising may leave in an entry of a site's vector, relative to its bound.
     """
 
     name: str
-    values: int
+    layout: Layout
     rounds: int
     precision: float
+
+    @property
+    def values(self) -> int:
+        return size(self.layout)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The most bytes that a site sends in a round, beside the frames of its messages.
+
+    Attributes:
+        payload: its protected vector.
+        shares: what it deals to the others, so that the sum can be opened without it.
+        endorsement: its word on who is in the sum.
+        answer: its part in opening the sum.
+    """
+
+    payload: int
+    shares: int
+    endorsement: int
+    answer: int
+
+    @property
+    def total(self) -> int:
+        return self.payload + self.shares + self.endorsement + self.answer
 
 
 @dataclass(frozen=True)
@@ -66,13 +99,42 @@ class Plan:
     def sites(self) -> tuple[str, ...]:
         return self.study.sites.include
 
+    @cached_property
+    def tolerance(self) -> Tolerance:
+        """What the study's secure sums withstand."""
+        return tolerance(len(self.sites), self.study.aggregation.dropouts)
+
+    def quantiser(self, layout: Layout) -> FixedPoint | Compressed:
+        """Returns what turns a site's packed statistics into the integers that are summed.
+
+        Raises:
+            StudyError: the range proof fails for this layout.
+        """
+        return _quantiser(self.study, self.study_id, layout)
+
     def stages(self, layout: Layout) -> Chain:
         """Returns what lies between a site's statistics and the secure sum.
 
         Raises:
             StudyError: the range proof fails for this layout.
         """
-        return chain([fixed_point(layout, len(self.sites), self.study.aggregation.bits)])
+        return chain([self.quantiser(layout)])
+
+    def scheme(self, group: Group, layout: Layout, means: Means = PLAIN) -> Scheme:
+        """Returns how the sites of a group protect and sum vectors of this layout."""
+        quantiser = self.quantiser(layout)
+        return _scheme(self.study.aggregation.protocol, group, quantiser.length, quantiser.bits, means)
+
+    def traffic(self, layout: Layout) -> Traffic:
+        """Returns the most that a site sends in a round of this layout."""
+        scheme = self.scheme(Group(self.sites, self.tolerance.threshold), layout)
+        return Traffic(scheme.payload_bytes, *_opening_bytes(scheme))
+
+    @cached_property
+    def outbound_limit(self) -> int:
+        """More bytes than the coordinator sends a site at once: rounds' broadcasts, or what opening a sum takes."""
+        missed = MOST_MISSED if self.study.aggregation.dropouts else 0
+        return (1 + missed) * self.broadcast_limit + max(self.traffic(phase.layout).total for phase in self.phases)
 
     def outcome(self, state: Any) -> GlobalModel | Summary:
         """Returns what the study yields, from the algorithm's final state."""
@@ -98,9 +160,45 @@ def compile_study(study: Study) -> Plan:
     identity = document.study_id(study)
     cohort = study.cohort
     algorithm, second = _algorithm(study, identity)
-    phases = tuple(_phases(study, algorithm, second))
+    phases = tuple(_phases(study, identity, algorithm, second))
     where = compile_filter(cohort.where, cohort.features) if cohort.where else None
     return Plan(study, identity, algorithm, phases, where)
+
+
+def _opening_bytes(scheme: Scheme) -> tuple[int, int, int]:
+    """Returns the bytes of the shares that a site deals, of its endorsement, and of its largest answer."""
+    if not scheme.opens:
+        return 0, 0, 0
+    sites, (rows, columns) = len(scheme.group.sites), scheme.secret_shape
+    dealt = (2 * rows * columns + _FRAME) * (sites - 1) if rows else 0
+    # masking reveals a row for each survivor and each pair with a lost site; the others one sum
+    lost = sites - scheme.group.threshold
+    answer = 2 * columns * (scheme.group.threshold * (1 + lost) if rows > 1 else 1)
+    answer = max(answer, 2 * columns * sites if rows > 1 else 0)
+    return dealt, (32 + 2) * (sites - 1), answer if rows else 8 * scheme.length
+
+
+def _quantiser(study: Study, identity: str, layout: Layout) -> FixedPoint | Compressed:
+    aggregation, sites = study.aggregation, len(study.sites.include)
+    if aggregation.compression is not None:
+        wanted = aggregation.compression
+        signs = Randomness.of_seed(int(identity.removeprefix("sha256:"), 16)).child("signs").bytes(32)
+        return compressed(layout, sites, wanted.levels, wanted.rotation, wanted.norm, signs)
+    assert aggregation.bits is not None
+    return fixed_point(layout, sites, aggregation.bits)
+
+
+def _scheme(protocol: str, group: Group, length: int, bits: int, means: Means) -> Scheme:
+    if protocol == "masking":
+        return Masking(group, length, bits, means)
+    # numba and TenSEAL are extras: only a study that needs them pays
+    if protocol == "rlwe":
+        from cohortium.secagg.threshold import Threshold
+
+        return Threshold(group, length, bits)
+    from cohortium.secagg.ckks import SingleKey
+
+    return SingleKey(group, length, bits, means.ckks)
 
 
 def _algorithm(study: Study, identity: str) -> tuple[Algorithm[Any, Any, Any], Algorithm[Any, Any, Any] | None]:
@@ -140,29 +238,26 @@ def _averaging(study: Study, identity: str, encoder: Encoder) -> Algorithm[Any, 
 
 
 def _phases(
-    study: Study, algorithm: Algorithm[Any, Any, Any], second: Algorithm[Any, Any, Any] | None
+    study: Study, identity: str, algorithm: Algorithm[Any, Any, Any], second: Algorithm[Any, Any, Any] | None
 ) -> Iterator[Phase]:
     if second is not None:
         assert isinstance(algorithm, Then)
         for name, part in (("preprocessing", algorithm.first), (study.model.kind, second)):
             state = part.init()
-            yield _phase(study, name, part.layout(part.broadcast(state)), part.progress(state)[0])
+            yield _phase(study, identity, name, part.layout(part.broadcast(state)), part.progress(state)[0])
         return
     assert isinstance(algorithm, Describe)
     layout = algorithm.layout(algorithm.broadcast(algorithm.init()))
-    yield _phase(study, "statistics", layout, 1)
+    yield _phase(study, identity, "statistics", layout, 1)
     numbers = sum(isinstance(column, Number) for column in algorithm.columns.values())
     if numbers and algorithm.model.refinements and algorithm.model.quantiles:
         parts = Block("parts", (numbers * len(algorithm.model.quantiles), algorithm.model.bins), layout[0].bound)
-        yield _phase(study, "quantiles", (parts,), algorithm.model.refinements)
+        yield _phase(study, identity, "quantiles", (parts,), algorithm.model.refinements)
 
 
-def _phase(study: Study, name: str, layout: Layout, rounds: int) -> Phase:
-    stage = fixed_point(layout, len(study.sites.include), study.aggregation.bits)
-    pairs = zip(layout, stage.exponents, strict=True)
-    # what quantising leaves, and what floating point does
-    precision = max(2.0**-exponent / (2 * block.bound) for block, exponent in pairs) + 2.0**-53
-    return Phase(name, size(layout), rounds, precision)
+def _phase(study: Study, identity: str, name: str, layout: Layout, rounds: int) -> Phase:
+    stage = _quantiser(study, identity, layout)
+    return Phase(name, layout, rounds, stage.precision)
 
 
 def _typical(features: dict[str, Feature]) -> Fitted:
@@ -198,46 +293,9 @@ def _refuse_what_is_not_offered(study: Study) -> None:
             "privacy.epsilon and privacy.delta ask for differential privacy, which this version cannot give: remove "
             "them only if the sites accept a result without it"
         )
-    if study.aggregation.dropouts:
+    if study.aggregation.compression is not None and not isinstance(study.model, Network):
         raise StudyError(
-            f"aggregation.dropouts is {study.aggregation.dropouts}: in this version a sum needs every site of the "
-            "study, so set it to 0"
+            f"aggregation.compression rounds model updates, and model '{study.model.kind}' needs every digit of its "
+            "sums: remove it"
         )
-
-
-def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
-    """Returns what a study guarantees and what it does not, as pairs of a question and its answer, for a steward."""
-    study, sites = plan.study, len(plan.sites)
-    width = study.aggregation.bits // 8
-    vectors = "; ".join(
-        f"{phase.name}: {'at most ' if phase.name == 'quantiles' else ''}{phase.values:,} integers "
-        f"({phase.values * width:,} bytes) a round, at most {phase.rounds} round{'' if phase.rounds == 1 else 's'}"
-        for phase in plan.phases
-    )
-    rows = [
-        ("Leaves each hospital", f"one masked vector a round. {vectors[0].upper()}{vectors[1:]}"),
-        (
-            "Who can read it",
-            f"nobody. Of what a run's rounds send, the coordinator together with up to {sites - 2} of the {sites} "
-            "hospitals learns only sums over the others, also if it lies to them, given that identity keys are pinned. "
-            "What a sum reveals is not limited: a lying coordinator chooses the coefficients that it is taken at. "
-            "That a hospital takes part or refuses is not masked",
-        ),
-        ("If hospitals drop", f"a round needs all {sites}: if one is missing it yields nothing"),
-        (
-            "Privacy",
-            "no differential privacy: the sums and the result are exact, and what they reveal of a patient is not "
-            "bounded. Unit: patient",
-        ),
-        ("Precision", f"quantising changes a sum by at most {max(p.precision for p in plan.phases):.1g} of its bound"),
-    ]
-    if isinstance(study.model, Descriptive):
-        least = study.model.small_cells
-        rule = (
-            f"a hospital sends no count from 1 to {least - 1}; the mean and spread of a number that takes few values "
-            "may still give one away (disclosure control, not differential privacy)"
-        )
-        rows.append(("Small cells", rule if least > 1 else "counts of any size are sent"))
-    cohort = study.cohort
-    rows.append(("Takes part", f"a hospital with {cohort.minimum:,} to {cohort.maximum:,} patients in the cohort"))
-    return tuple(rows)
+    tolerance(len(study.sites.include), study.aggregation.dropouts)

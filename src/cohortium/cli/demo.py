@@ -14,8 +14,9 @@ from cohortium.cli.study import compared
 from cohortium.coordinator.result import as_json as result_json
 from cohortium.coordinator.result import headline
 from cohortium.core.study import Averaging, Local, Network, Server, Study
+from cohortium.guarantees import protection
 from cohortium.learning.evaluation import mean_auc
-from cohortium.plan import compile_study, protection
+from cohortium.plan import compile_study
 
 
 def demo(

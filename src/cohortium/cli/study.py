@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,9 @@ from cohortium.coordinator.result import as_json
 from cohortium.core.document import document, json_schema
 from cohortium.core.errors import StudyError
 from cohortium.core.study import BinaryTarget, Study
+from cohortium.guarantees import protection, security
 from cohortium.learning.evaluation import Comparison
-from cohortium.plan import compile_study, protection
+from cohortium.plan import compile_study
 
 app = typer.Typer(help="Write, check and simulate study files.", no_args_is_help=True)
 
@@ -77,6 +79,7 @@ def check(path: StudyFile, as_json: Json = False, quiet: Quiet = False) -> None:
             "study": document(study),
             "study_id": plan.study_id,
             "guarantees": dict(promises),
+            "security": asdict(security(plan)),
             "phases": [
                 {"name": phase.name, "values": phase.values, "rounds": phase.rounds, "precision": phase.precision}
                 for phase in plan.phases

@@ -1,10 +1,16 @@
 """A run as the coordinator leads it: step(state, event) -> (state, effects), without I/O, clock or randomness.
 
     keys:     every site announces a key -> all keys go to every site
-    round:    broadcast -> one masked update of each site -> their sum -> the algorithm's next state
+    collect:  broadcast -> one protected vector of each site
+    endorse:  who is in the sum -> each survivor's endorsement        unless the sum opens by itself
+    reveal:   the endorsements -> each survivor's answer -> the sum -> the algorithm's next state
     finished: an outcome, or a reason
 
-The state holds only the running sum of masked updates.
+Whoever carries the messages says when a site is `lost`: it is then not waited for in this phase. A round goes on with
+those that are left, as long as the study's threshold of them is; below it, the run fails with the sum closed, and
+another run starts with fresh keys. A site that was lost is asked again in the next round, a site that refused is not.
+
+The state holds only the running sum of protected vectors.
 """
 
 from collections.abc import Mapping
@@ -12,36 +18,53 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from cohortium.core import codec
 from cohortium.core.document import canonical_bytes
-from cohortium.core.errors import CohortiumError, ProtocolError
+from cohortium.core.errors import CohortiumError, ProtocolError, Repeated, RunFailed
 from cohortium.core.layout import Layout, size, unpack
 from cohortium.core.messages import (
     CONTROL_BYTES,
+    MOST_MISSED,
     Announcement,
     CloseRun,
+    Endorsement,
     FromSite,
     KeySet,
     MaskedUpdate,
     OpenRound,
     OpenRun,
     Refusal,
+    Reveal,
     ToSite,
 )
 from cohortium.learning.descriptive import Summary
 from cohortium.learning.model import GlobalModel
 from cohortium.plan import Plan
+from cohortium.secagg.group import Group
+from cohortium.secagg.keys import round_context, session_digest
+from cohortium.secagg.protocol import Tally
 from cohortium.secagg.quantise import Residues
+from cohortium.secagg.stream import PLAIN, Means
+
+Phase = Literal["keys", "collect", "endorse", "reveal", "over"]
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Send one message to every site of the run."""
+    """Send one message to some of the sites."""
 
     message: ToSite
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send each site a message of its own."""
+
+    messages: Mapping[str, ToSite]
 
 
 @dataclass(frozen=True)
@@ -76,35 +99,57 @@ class Failed:
     error: CohortiumError
 
 
-Effect = Broadcast | RoundClosed | Finished | Failed
+Effect = Broadcast | Send | RoundClosed | Finished | Failed
 
 
 class RunState(msgspec.Struct, frozen=True):
     """Where a run stands. Start one with `open_run`.
 
     A struct and not a dataclass, because it is replaced with every message.
+
+    Attributes:
+        identity: the coordinator's signing key, whose public half the sites pinned.
+        waiting: the sites whose answer the phase still needs.
+        gone: the sites that refused, with their reasons.
+        learned: the algorithm's state.
+        missed: for each site that was lost, the broadcasts of the rounds since, oldest first.
     """
 
     plan: Plan
     run: str
-    phase: Literal["keys", "round", "over"]
+    identity: Ed25519PrivateKey
+    means: Means
+    phase: Phase
+    waiting: frozenset[str]
+    gone: Mapping[str, str] = msgspec.field(default_factory=dict)
     keys: Mapping[str, Announcement] = msgspec.field(default_factory=dict)
+    group: Group | None = None
+    session: bytes = b""
     learned: Any = None
-    """The algorithm's state."""
     number: int = 0
     layout: Layout = ()
-    total: Residues | None = None
-    received: frozenset[str] = frozenset()
+    broadcast: bytes = b""
+    missed: Mapping[str, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
+    tally: Tally | None = None
+
+    def __repr__(self) -> str:
+        return f"RunState(run={self.run!r}, phase={self.phase!r}, number={self.number})"
 
 
-def open_run(plan: Plan, run: str) -> tuple[RunState, list[Effect]]:
-    """Returns the state and effects at the start of a run named `run`; a name is used once."""
-    return RunState(plan, run, "keys"), [Broadcast(OpenRun(run, canonical_bytes(plan.study)))]
+def open_run(plan: Plan, run: str, identity: Ed25519PrivateKey, means: Means = PLAIN) -> tuple[RunState, list[Effect]]:
+    """Returns the state and effects at the start of a run named `run`; a name is used once.
+
+    Args:
+        identity: the coordinator's signing key.
+        means: how this machine removes masks.
+    """
+    state = RunState(plan, run, identity, means, "keys", frozenset(plan.sites))
+    return state, [Broadcast(OpenRun(run, canonical_bytes(plan.study)), plan.sites)]
 
 
 def inbound_limit(state: RunState) -> int:
     """Returns more bytes than a site's message may have now."""
-    return CONTROL_BYTES + 8 * size(state.layout)
+    return CONTROL_BYTES + (state.plan.traffic(state.layout).total if state.layout else 0)
 
 
 def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, list[Effect]]:
@@ -120,59 +165,156 @@ def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, lis
         raise ProtocolError(f"a message of '{sender}' was refused: it is for another run or in another site's name")
     if state.phase == "over":
         raise ProtocolError("a message was refused: the run is over")
+    if sender in state.gone:
+        raise ProtocolError(f"a message of '{sender}' was refused: it left the run")
+    if isinstance(message, Refusal):
+        return _left(state, message)
+    if sender not in state.waiting:
+        raise Repeated(f"a message of '{sender}' was refused: nothing more is expected of it now")
     match message:
-        case Announcement() if state.phase == "keys" and sender not in state.keys:
-            return _announced(state, message)
-        case MaskedUpdate() if state.phase == "round" and sender not in state.received:
-            return _contributed(state, message)
-        case Refusal():
-            return _over(state, Failed(CohortiumError(f"site '{sender}' takes no part: {message.reason}")))
-    raise ProtocolError(f"a message of '{sender}' was refused: it came twice or out of order")
+        case Announcement() if state.phase == "keys":
+            state = replace(state, keys={**state.keys, sender: message})
+        case MaskedUpdate() if state.phase == "collect" and state.tally is not None:
+            state = replace(state, tally=state.tally.contribute(message))
+        case Endorsement() if state.phase == "endorse" and state.tally is not None:
+            state = replace(state, tally=state.tally.endorse(message))
+        case Reveal() if state.phase == "reveal" and state.tally is not None:
+            state = replace(state, tally=state.tally.reveal(message))
+        case _:
+            raise ProtocolError(f"a message of '{sender}' was refused: it is out of order")
+    return _heard(state, sender)
 
 
-def _announced(state: RunState, message: Announcement) -> tuple[RunState, list[Effect]]:
-    state = replace(state, keys={**state.keys, message.site: message})
-    if len(state.keys) < len(state.plan.sites):
+def lost(state: RunState, site: str) -> tuple[RunState, list[Effect]]:
+    """Returns the state when a site's answer is no longer waited for, because its link or its time ran out."""
+    if site not in state.waiting:
         return state, []
-    keys = Broadcast(KeySet(state.run, tuple(state.keys[site] for site in state.plan.sites)))
-    state, effects = _open_round(replace(state, phase="round", learned=state.plan.algorithm.init()))
-    return state, [keys, *effects]
+    return _heard(state, site)
+
+
+def _left(state: RunState, refusal: Refusal) -> tuple[RunState, list[Effect]]:
+    state = replace(state, gone={**state.gone, refusal.site: refusal.reason})
+    remaining = len(state.plan.sites) - len(state.gone)
+    if remaining < state.plan.tolerance.threshold:
+        return _over(state, Failed(_too_few(state, remaining)))
+    return lost(state, refusal.site)
+
+
+def _too_few(state: RunState, count: int) -> CohortiumError:
+    if state.gone:
+        site, reason = list(state.gone.items())[-1]
+        return CohortiumError(f"site '{site}' takes no part: {reason}")
+    return RunFailed(
+        f"{count} of {len(state.plan.sites)} sites are left and the study needs {state.plan.tolerance.threshold}: "
+        "nothing was opened; start another run when they are back, with fresh keys"
+    )
+
+
+def _heard(state: RunState, site: str) -> tuple[RunState, list[Effect]]:
+    state = replace(state, waiting=state.waiting - {site})
+    if state.waiting:
+        return state, []
+    close = {"keys": _agreed, "collect": _collected, "endorse": _endorsed, "reveal": _revealed}[state.phase]
+    return close(state)
+
+
+def _agreed(state: RunState) -> tuple[RunState, list[Effect]]:
+    plan, names = state.plan, tuple(site for site in state.plan.sites if site in state.keys)
+    threshold = plan.tolerance.threshold
+    if len(names) < threshold:
+        return _over(state, Failed(_too_few(state, len(names))))
+    entries = tuple(state.keys[site] for site in names)
+    session = session_digest(state.run, plan.study_id, threshold, entries)
+    state = replace(state, group=Group(names, threshold), session=session, learned=plan.algorithm.init())
+    state, effects = _open_round(state)
+    return state, [Broadcast(KeySet(state.run, entries), names), *effects]
 
 
 def _open_round(state: RunState) -> tuple[RunState, list[Effect]]:
-    algorithm = state.plan.algorithm
-    broadcast = algorithm.broadcast(state.learned)
-    layout, number = algorithm.layout(broadcast), state.number + 1
-    state = replace(state, number=number, layout=layout, total=None, received=frozenset())
-    return state, [Broadcast(OpenRound(state.run, number, codec.encode(broadcast)))]
+    assert state.group is not None
+    plan, number = state.plan, state.number + 1
+    broadcast = plan.algorithm.broadcast(state.learned)
+    layout, data = plan.algorithm.layout(broadcast), codec.encode(broadcast)
+    tally = Tally(
+        state.run,
+        number,
+        plan.scheme(state.group, layout, state.means),
+        round_context(state.session, number, data),
+    )
+    asked = tuple(
+        site for site in state.group.sites if site not in state.gone and len(state.missed.get(site, ())) <= MOST_MISSED
+    )
+    opening = OpenRound(state.run, number, data)
+    back = {site: replace(opening, missed=state.missed[site]) for site in asked if site in state.missed}
+    effects: list[Effect] = [Broadcast(opening, tuple(site for site in asked if site not in back))]
+    state = replace(
+        state,
+        phase="collect",
+        number=number,
+        layout=layout,
+        broadcast=data,
+        tally=tally,
+        waiting=frozenset(asked),
+    )
+    return state, [*effects, Send(back)] if back else effects
 
 
-def _contributed(state: RunState, message: MaskedUpdate) -> tuple[RunState, list[Effect]]:
-    kind = np.uint32 if state.plan.study.aggregation.bits == 32 else np.uint64
-    if message.round != state.number or message.values.shape != (size(state.layout),) or message.values.dtype != kind:
-        raise ProtocolError(f"an update of '{message.site}' was refused: wrong round, length or type")
-    total = message.values if state.total is None else state.total + message.values
-    state = replace(state, total=total, received=state.received | {message.site})
-    if len(state.received) < len(state.plan.sites):
-        return state, []
-    return _close_round(state, total)
+def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
+    tally = state.tally
+    assert tally is not None and state.group is not None
+    present = frozenset(tally.sealed)
+    if len(present) < state.group.threshold:
+        return _over(state, Failed(_too_few(state, len(present))))
+    absent = [site for site in state.group.sites if site not in present and site not in state.gone]
+    # one more than may be missed marks a site that does not come back
+    missed = {site: (*state.missed.get(site, ()), state.broadcast)[: MOST_MISSED + 1] for site in absent}
+    state = replace(state, missed=missed)
+    if not tally.scheme.opens:
+        return _sum(state, tuple(sorted(present)))
+    tally, messages = tally.close(state.identity)
+    return replace(state, phase="endorse", tally=tally, waiting=frozenset(messages)), [Send(messages)]
 
 
-def _close_round(state: RunState, total: Residues) -> tuple[RunState, list[Effect]]:
-    algorithm = state.plan.algorithm
-    statistics = unpack(state.layout, state.plan.stages(state.layout).decode(total))
+def _endorsed(state: RunState) -> tuple[RunState, list[Effect]]:
+    assert state.tally is not None and state.group is not None
+    if len(state.tally.tags) < state.group.threshold:
+        return _over(state, Failed(_too_few(state, len(state.tally.tags))))
+    messages = state.tally.endorsed()
+    return replace(state, phase="reveal", waiting=frozenset(messages)), [Send(messages)]
+
+
+def _revealed(state: RunState) -> tuple[RunState, list[Effect]]:
+    assert state.tally is not None and state.group is not None
+    if len(state.tally.answers) < state.group.threshold:
+        return _over(state, Failed(_too_few(state, len(state.tally.answers))))
+    return _sum(state, state.tally.survivors)
+
+
+def _sum(state: RunState, survivors: tuple[str, ...]) -> tuple[RunState, list[Effect]]:
+    assert state.tally is not None
     try:
-        learned = algorithm.update(state.learned, statistics)
-        outcome = state.plan.outcome(learned) if algorithm.done(learned) else None
+        total = state.tally.opened()
+        learned, closed, outcome = _apply(state, survivors, total)
     except CohortiumError as error:
         return _over(state, Failed(error))
-    left, objective = algorithm.progress(learned)
-    closed = RoundClosed(state.number, tuple(sorted(state.received)), len(total), left, objective)
-    state = replace(state, learned=learned, total=None)
+    state = replace(state, learned=learned, tally=None)
     state, effects = _open_round(state) if outcome is None else _over(state, Finished(outcome))
     return state, [closed, *effects]
 
 
+def _apply(
+    state: RunState, survivors: tuple[str, ...], total: Residues
+) -> tuple[Any, RoundClosed, GlobalModel | Summary | None]:
+    algorithm = state.plan.algorithm
+    statistics = unpack(state.layout, state.plan.stages(state.layout).decode(total))
+    learned = algorithm.update(state.learned, statistics)
+    outcome = state.plan.outcome(learned) if algorithm.done(learned) else None
+    left, objective = algorithm.progress(learned)
+    return learned, RoundClosed(state.number, survivors, size(state.layout), left, objective), outcome
+
+
 def _over(state: RunState, ending: Finished | Failed) -> tuple[RunState, list[Effect]]:
     word = "finished" if isinstance(ending, Finished) else "failed"
-    return replace(state, phase="over", total=None), [Broadcast(CloseRun(state.run, word)), ending]
+    told = tuple(site for site in state.plan.sites if site not in state.gone)
+    state = replace(state, phase="over", waiting=frozenset(), tally=None, missed={})
+    return state, [Broadcast(CloseRun(state.run, word), told), ending]

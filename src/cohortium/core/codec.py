@@ -13,7 +13,7 @@ from cohortium.core.errors import ProtocolError
 
 T = TypeVar("T")
 
-_KINDS = ("<f8", "<f4", "<u4", "<u8", "<i8", "|b1")
+_KINDS = ("<f8", "<f4", "|u1", "<u2", "<u4", "<u8", "<i8", "|b1")
 MAX_MESSAGE_BYTES = 1 << 31
 """Longest message that a decoder accepts, in bytes."""
 

@@ -53,6 +53,10 @@ class ProtocolError(CohortiumError):
     """A message is malformed, forged, repeated or out of order; nothing was done with it."""
 
 
+class Repeated(ProtocolError):
+    """A message came again after it was answered; it is not answered twice, and nothing is lost by it."""
+
+
 class ConvergenceError(CohortiumError):
     """Training ended without reaching the study's tolerance."""
 

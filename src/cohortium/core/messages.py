@@ -5,9 +5,15 @@ OpenRun       -->                the study's canonical bytes; the site checks st
               <--    Announcement    a key for this run, signed by the site's pinned identity
 KeySet        -->                everybody's announcements; the site checks each signature
 OpenRound     -->                what the algorithm broadcasts
-              <--    MaskedUpdate    the site's statistics, quantised and masked
+              <--    MaskedUpdate    the site's statistics, quantised and masked, and what helps to unmask the sum
+Survivors     -->                who is in the sum, signed; a site endorses one such set a round
+              <--    Endorsement     a tag for each other survivor: "this is the set that I hold"
+Endorsed      -->                the tags for this site; it goes on if enough of the others hold the same set
+              <--    Reveal          what opens the sum over this set, and no other
 CloseRun      -->
               <--    Refusal         instead of any answer: the public reason
+
+Where a study tolerates no dropouts, masks cancel by themselves, and the four messages about survivors fall away.
 """
 
 from typing import Annotated, Any, cast
@@ -18,8 +24,17 @@ import numpy as np
 from cohortium.core import codec
 
 Name = Annotated[str, msgspec.Meta(max_length=80)]
+MOST_SITES = 1000
+Round = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+Sites = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MOST_SITES)]
+Sealed = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MOST_SITES)]
+Tags = Annotated[
+    tuple[Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)], ...], msgspec.Meta(max_length=MOST_SITES)
+]
 CONTROL_BYTES = 4096
 """More than any message takes whose size no study decides."""
+MOST_MISSED = 8
+"""Rounds that a site may have missed and still come back to a run."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -49,18 +64,66 @@ class KeySet(Message, frozen=True):
 
 
 class OpenRound(Message, frozen=True):
-    """Opens a round, numbered from 1. `broadcast` holds the algorithm's broadcast in `codec` bytes."""
+    """Opens a round, numbered from 1. `broadcast` holds the algorithm's broadcast in `codec` bytes.
 
-    round: int
+    `missed` holds those of the rounds just before, if this site was lost in them.
+    """
+
+    round: Round
     broadcast: bytes
+    missed: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MOST_MISSED)] = ()
 
 
 class MaskedUpdate(Message, frozen=True):
-    """A site's contribution: residues modulo 2^32 or 2^64 that look random without the other sites' ones."""
+    """A site's contribution: numbers that look random without the other sites' ones.
+
+    `sealed` holds, for each other site of the run in order, secret shares that only that site can open.
+    """
 
     site: Name
-    round: int
+    round: Round
     values: np.ndarray
+    sealed: Sealed = ()
+
+
+class Survivors(Message, frozen=True):
+    """The sites in a round's sum, in order, signed by the coordinator (Ed25519, 64 bytes).
+
+    `sealed` holds what each other survivor sealed for the receiver, in the same order.
+    """
+
+    round: Round
+    sites: Sites
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+    sealed: Sealed = ()
+
+
+class Endorsement(Message, frozen=True):
+    """A site's word that it holds this survivor set: a tag (32 bytes) for each other survivor, in order."""
+
+    site: Name
+    round: Round
+    tags: Tags
+
+
+class Endorsed(Message, frozen=True):
+    """The survivors that endorsed, without the receiver, and their tags for it.
+
+    `total` holds the sum to be decrypted where sites decrypt it themselves, and is empty otherwise.
+    """
+
+    round: Round
+    sites: Sites
+    tags: Tags
+    total: np.ndarray
+
+
+class Reveal(Message, frozen=True):
+    """A site's part in opening the sum over the survivors."""
+
+    site: Name
+    round: Round
+    answer: np.ndarray
 
 
 class Refusal(Message, frozen=True):
@@ -76,8 +139,8 @@ class CloseRun(Message, frozen=True):
     outcome: Name
 
 
-ToSite = OpenRun | KeySet | OpenRound | CloseRun
-FromSite = Announcement | MaskedUpdate | Refusal
+ToSite = OpenRun | KeySet | OpenRound | Survivors | Endorsed | CloseRun
+FromSite = Announcement | MaskedUpdate | Endorsement | Reveal | Refusal
 
 
 def decode_to_site(data: bytes, limit: int = codec.MAX_MESSAGE_BYTES) -> ToSite:

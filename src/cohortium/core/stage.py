@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from cohortium.core.random import Randomness
+
 Vector = NDArray[Any]
 
 
@@ -24,8 +26,9 @@ class DpEvent:
 class Stage(Protocol):
     """One reversible step. Both halves are pure."""
 
-    def encode(self, vector: Vector) -> Vector:
-        """Site half: returns the vector that goes on towards the sum."""
+    def encode(self, vector: Vector, randomness: Randomness) -> Vector:
+        """Site half: returns the vector that goes on towards the sum. Draws from a child of `randomness`
+        that bears the stage's name; `randomness` is for this vector alone."""
 
     def decode(self, total: Vector) -> Vector:
         """Coordinator half: returns what the sum of the encoded vectors stands for."""
@@ -40,9 +43,9 @@ class Chain:
 
     stages: tuple[Stage, ...]
 
-    def encode(self, vector: Vector) -> Vector:
+    def encode(self, vector: Vector, randomness: Randomness) -> Vector:
         for stage in self.stages:
-            vector = stage.encode(vector)
+            vector = stage.encode(vector, randomness)
         return vector
 
     def decode(self, total: Vector) -> Vector:

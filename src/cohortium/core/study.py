@@ -343,16 +343,56 @@ class Preprocessing:
     """Numbers: zero mean and unit variance over all sites, the public range mapped to -1..1, or as they are."""
 
 
+_WIDTHS: Mapping[str, tuple[int, ...]] = {"masking": (32, 64), "rlwe": (25, 50), "ckks-single-key": (32,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Fewer bits for each entry of a model update, rounded at random so that the mean stays right."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    levels: Annotated[int, Field(ge=2, le=16)] = 8
+    """Bits of each entry as a site sends it; the sum needs some more, and that is what travels."""
+    rotation: bool = True
+    """Rotate the update first, so that no entry stands out; needs a norm."""
+    norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest Euclidean norm of a site's weighted update; a longer one is scaled down to it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.norm is not None or not self.rotation,
+            "aggregation.compression.norm is missing: a rotated update is coded on a scale that follows from its "
+            "largest norm, which must be public; give one, or set rotation: false",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Aggregation:
     """How the sites' vectors are summed."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    protocol: Literal["masking"] = "masking"
+    protocol: Literal["masking", "rlwe", "ckks-single-key"] = "masking"
+    """Masks that cancel; threshold homomorphic encryption, whose cost does not grow with the number of sites; or CKKS
+    under one key that all hospitals hold: any hospital can decrypt any update it sees."""
     dropouts: Annotated[int, Field(ge=0, le=_LARGEST)] = 0
-    """Sites that may be lost in a round; this version needs all, so 0."""
-    bits: Literal[32, 64] = 32
-    """Sums are taken modulo 2 to this power."""
+    """Sites that may be lost in a round; with more than 0, unmasking takes two more messages of each site."""
+    bits: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Width of the sums: 32 (default) or 64 with masking, 25 (default) or 50 with rlwe, 32 with ckks-single-key. With
+    compression it follows from that, and none is given."""
+    compression: Compression | None = None
+    """How to compress a network's updates; other studies need every digit."""
+
+    def __post_init__(self) -> None:
+        widths = _WIDTHS[self.protocol]
+        if self.compression is not None:
+            _require(self.bits is None, "aggregation.bits and compression are both given: the width follows from one")
+            return
+        if self.bits is None:
+            object.__setattr__(self, "bits", widths[0])
+        _require(
+            self.bits in widths,
+            f"aggregation.bits is {self.bits}: protocol '{self.protocol}' sums in {' or '.join(map(str, widths))} bits",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

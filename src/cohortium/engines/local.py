@@ -1,8 +1,10 @@
 """The local engine: coordinator and sites in one process, over the same messages as bytes that a network carries."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cohortium.coordinator.result import Result, RoundRecord, Sample
 from cohortium.coordinator.rounds import (
@@ -12,21 +14,26 @@ from cohortium.coordinator.rounds import (
     Finished,
     RoundClosed,
     RunState,
+    Send,
     inbound_limit,
+    lost,
     open_run,
     step,
 )
 from cohortium.core import codec
 from cohortium.core.errors import RunFailed
-from cohortium.core.layout import entry_names, pack
-from cohortium.core.messages import CloseRun, FromSite, MaskedUpdate, OpenRound, ToSite, decode_from_site
+from cohortium.core.layout import entry_names, pack, size
+from cohortium.core.messages import CloseRun, FromSite, KeySet, MaskedUpdate, ToSite, decode_from_site
 from cohortium.core.random import Randomness
 from cohortium.learning.table import Table
 from cohortium.plan import Plan
+from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.agent import Agent
 
 Tap = Callable[[FromSite], None]
 """Sees what the coordinator sees: every message of a site."""
+Faults = Callable[[str, ToSite | FromSite], bool]
+"""Whether a message to or from a site is lost on its way; a simulation's own choice."""
 _SAMPLED = 4096
 """Entries of a vector that are kept to show what masking does."""
 Progress = Callable[[RoundClosed], None]
@@ -40,27 +47,39 @@ class _Wire:
     agents: Mapping[str, Agent]
     clock: Callable[[], float]
     tap: Tap | None
+    faults: Faults | None
     started: float
     up: int = 0
     down: int = 0
 
-    def broadcast(self, message: ToSite) -> list[Effect]:
-        """Brings a message to every site and the answers back; returns what the coordinator then wants done."""
+    def carry(self, message: ToSite, sites: Iterable[str]) -> list[Effect]:
+        """Brings a message to some sites and the answers back; returns what the coordinator then wants done."""
         data = codec.encode(message)
         wanted: list[Effect] = []
         limit = inbound_limit(self.state)
-        for site in self.state.plan.sites:
+        for site in sites:
             if self.state.phase == "over" and not isinstance(message, CloseRun):
-                break  # a site refused: nothing more is asked of the others
+                break  # too few are left: nothing more is asked of the others
             self.down += len(data)
-            for answer in self.agents[site].receive(data):
-                self.up += len(answer)
-                reply = decode_from_site(answer, limit)
+            replies = []
+            if not self._lost(site, message):
+                answers = self.agents[site].receive(data)
+                self.up += sum(map(len, answers))
+                replies = [decode_from_site(answer, limit) for answer in answers]
+            heard = [reply for reply in replies if not self._lost(site, reply)]
+            for reply in heard:
                 if self.tap:
                     self.tap(reply)
                 self.state, effects = step(self.state, site, reply)
                 wanted += effects
+            # whoever has not answered at once never will
+            if not heard and not isinstance(message, KeySet | CloseRun):
+                self.state, effects = lost(self.state, site)
+                wanted += effects
         return wanted
+
+    def _lost(self, site: str, message: ToSite | FromSite) -> bool:
+        return self.faults is not None and self.faults(site, message)
 
     def read(self) -> tuple[int, int, float]:
         """Returns bytes up, bytes down and seconds, and starts anew."""
@@ -75,29 +94,38 @@ def run(
     agents: Mapping[str, Agent],
     name: str,
     clock: Callable[[], float],
+    identity: Ed25519PrivateKey,
+    means: Means = PLAIN,
     tap: Tap | None = None,
     progress: Progress | None = None,
+    faults: Faults | None = None,
 ) -> Result:
     """Runs a compiled study over the sites' agents and returns its result.
 
     Args:
         name: the run's name, used once for these agents.
         clock: monotonic seconds.
+        identity: the coordinator's signing key, whose public half the agents pinned.
+        means: how this machine removes masks.
+        faults: which messages are lost, to see what dropouts do.
 
     Raises:
         CohortiumError: the run failed; where a site refused, its own full reason, since all sites are in this process.
     """
-    state, effects = open_run(plan, name)
-    wire = _Wire(state, agents, clock, tap, clock())
+    state, effects = open_run(plan, name, identity, means)
+    wire = _Wire(state, agents, clock, tap, faults, clock())
     queue: deque[Effect] = deque(effects)
     records: list[RoundRecord] = []
     setup = 0
     while queue:
         match queue.popleft():
-            case Broadcast(message):
-                if isinstance(message, OpenRound) and not records:
+            case Broadcast(message, sites):
+                queue.extend(wire.carry(message, sites))
+                if isinstance(message, KeySet):
                     setup = sum(wire.read()[:2])
-                queue.extend(wire.broadcast(message))
+            case Send(messages):
+                for site, message in messages.items():
+                    queue.extend(wire.carry(message, [site]))
             case RoundClosed() as closed:
                 up, down, seconds = wire.read()
                 records.append(
@@ -113,20 +141,25 @@ def run(
     raise RunFailed("the run ended without a result")
 
 
-def sample(plan: Plan, update: MaskedUpdate, table: Table) -> Sample:
+def sample(plan: Plan, update: MaskedUpdate, table: Table) -> Sample | None:
     """Returns a site's first update beside what it was before masking, worked out anew from the site's table.
 
-    Every step before the mask is a pure function of study and table, so nothing needs to be taken from the run.
+    Every step before the mask is a pure function of study and table, so nothing needs to be taken from the run. There
+    is nothing to show where numbers do not travel one by one.
     """
     algorithm = plan.algorithm
     broadcast = algorithm.broadcast(algorithm.init())
     layout = algorithm.layout(broadcast)
-    statistics, _ = algorithm.local(broadcast, table, {}, Randomness(bytes(32)))
-    plain = plan.stages(layout).encode(pack(layout, statistics))
+    quantiser = plan.quantiser(layout)
+    if update.values.shape != (quantiser.length,) or quantiser.length != size(layout):
+        return None
+    unused = Randomness(bytes(32))
+    statistics, _ = algorithm.local(broadcast, table, {}, unused)
+    plain = quantiser.encode(pack(layout, statistics), unused)
     return Sample(
         site=update.site,
         round=update.round,
-        bits=plan.study.aggregation.bits,
+        bits=quantiser.bits,
         names=entry_names(layout)[:_SAMPLED],
         plain=tuple(plain[:_SAMPLED].tolist()),
         masked=tuple(update.values[:_SAMPLED].tolist()),

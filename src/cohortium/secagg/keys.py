@@ -7,18 +7,23 @@ agreement keys are made for one run, and the root that they come from moves on (
 """
 
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 
+import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
+from msgspec.structs import replace
 
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import Announcement
 from cohortium.core.signature import framed, sign, verify
 
 _CONTEXT = "cohortium run key v1"
+_ROUNDS_PER_BLOCK = 16
+"""Seeds derived at a time. Each is its own stretch of HKDF output: knowing one tells nothing of the others."""
 
 
 def announce(
@@ -29,18 +34,23 @@ def announce(
     return Announcement(run, site, public, sign(identity, _CONTEXT, *_signed_parts(run, study_id, site, public)))
 
 
-def check(announcements: Sequence[Announcement], pinned: Mapping[str, bytes], run: str, study_id: str) -> None:
-    """Checks that each pinned site, and nobody else, announced one key for this run and study.
+def check(
+    announcements: Sequence[Announcement], pinned: Mapping[str, bytes], run: str, study_id: str, least: int
+) -> None:
+    """Checks that at least `least` pinned sites, and nobody else, announced one key each for this run and study.
 
     Args:
-        pinned: each taking-part site's Ed25519 public key (32 bytes) by name.
+        pinned: each of the study's sites' Ed25519 public key (32 bytes) by name.
 
     Raises:
-        ProtocolError: a site is missing, unknown or listed twice, two share a key, or a signature is wrong.
+        ProtocolError: a site is unknown, listed twice or out of order, too few are there, two share a key, or a
+            signature is wrong.
     """
     names = [announcement.site for announcement in announcements]
-    if sorted(names) != sorted(pinned):
-        raise ProtocolError("the key set was refused: it must hold one key of each site of the study, and no other")
+    if names != sorted(set(names)) or not set(names) <= pinned.keys():
+        raise ProtocolError("the key set was refused: it must list sites of the study, once each and in order")
+    if len(names) < least:
+        raise ProtocolError(f"the key set was refused: it holds {len(names)} sites, and the study needs {least}")
     if len({announcement.public_key for announcement in announcements}) != len(announcements):
         raise ProtocolError("the key set was refused: two sites show the same key")
     for announcement in announcements:
@@ -68,6 +78,77 @@ def pair_key(private: X25519PrivateKey, mine: Announcement, peer: Announcement) 
     ends = (first.site.encode(), first.public_key, second.site.encode(), second.public_key)
     info = framed(b"cohortium pair key v1", mine.run.encode(), *ends)
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)
+
+
+class Pairs(msgspec.Struct, frozen=True):
+    """A site's keys with its peers for one run.
+
+    Attributes:
+        peers: their names, in order.
+        keys: one key for each peer.
+        block, seeds: a stretch of rounds whose seeds are at hand, and those seeds, in one string for each peer.
+    """
+
+    peers: tuple[str, ...]
+    keys: tuple[bytes, ...]
+    block: int = -1
+    seeds: tuple[bytes, ...] = ()
+
+    def __repr__(self) -> str:
+        # the rest is secret
+        return f"Pairs(peers={self.peers!r})"
+
+    def at(self, number: int) -> "Pairs":
+        """Returns the pairs with the seeds of a round at hand: HKDF-Expand of each key, sixteen rounds at a time."""
+        block = number // _ROUNDS_PER_BLOCK
+        if block == self.block:
+            return self
+        info = b"cohortium round seeds v1" + block.to_bytes(8, "big")
+        length = 32 * _ROUNDS_PER_BLOCK
+        return replace(
+            self, block=block, seeds=tuple(HKDFExpand(hashes.SHA256(), length, info).derive(key) for key in self.keys)
+        )
+
+    def round_seeds(self, number: int) -> dict[str, bytes]:
+        """Returns the 32-byte seed that is shared with each peer for one round, of which `at` was called."""
+        assert number // _ROUNDS_PER_BLOCK == self.block
+        start = 32 * (number % _ROUNDS_PER_BLOCK)
+        return {peer: seeds[start : start + 32] for peer, seeds in zip(self.peers, self.seeds, strict=True)}
+
+
+def agree(private: X25519PrivateKey, mine: Announcement, announcements: Sequence[Announcement]) -> Pairs:
+    """Returns a site's keys with its peers, from its own secret and all announcements, already checked.
+
+    Raises:
+        ProtocolError: a malformed key, or one's own announcement is not among them.
+    """
+    if mine not in announcements:
+        raise ProtocolError("the key set was refused: it lacks the key that this site announced")
+    peers = sorted((peer for peer in announcements if peer.site != mine.site), key=lambda peer: peer.site)
+    return Pairs(tuple(peer.site for peer in peers), tuple(pair_key(private, mine, peer) for peer in peers))
+
+
+def session_digest(run: str, study_id: str, threshold: int, announcements: Sequence[Announcement]) -> bytes:
+    """Returns 32 bytes that stand for a run, its study, its threshold and its whole key set.
+
+    Everything that sites derive or sign later holds it, so sites that were shown different key sets have nothing in
+    common that adds up.
+    """
+    entries = [part for entry in announcements for part in (entry.site.encode(), entry.public_key)]
+    text = framed(run.encode(), study_id.encode(), threshold.to_bytes(4, "big"), *entries)
+    return blake2b(text, digest_size=32, person=b"cohort session").digest()
+
+
+def round_context(session: bytes, number: int, broadcast: bytes) -> bytes:
+    """Returns 32 bytes that stand for one round: its session, its number and what the coordinator broadcast."""
+    digest = blake2b(session + number.to_bytes(8, "big"), digest_size=32, person=b"cohort round")
+    digest.update(broadcast)
+    return digest.digest()
+
+
+def purpose_key(seed: bytes, purpose: bytes, context: bytes, *parts: bytes) -> bytes:
+    """Returns a 32-byte key for one purpose (at most 16 bytes), from a round's seed: keyed BLAKE2b (RFC 7693)."""
+    return blake2b(context + b"".join(parts), key=seed, digest_size=32, person=purpose).digest()
 
 
 def _signed_parts(run: str, study_id: str, site: str, public: bytes) -> tuple[bytes, ...]:

@@ -1,157 +1,128 @@
-"""Pairwise masking: each pair of sites agrees on a random vector, one adds it and the other takes it away.
+"""Masking: each pair of sites agrees on a random vector, one adds it and the other takes it away; each adds its own.
 
-    masked_i = x_i + sum over j > i of PRG(seed_ij) - sum over j < i of PRG(seed_ij)      modulo 2^bits
+    masked_i = x_i + PRG(b_i) + sum over j > i of PRG(k_ij) - sum over j < i of PRG(k_ij)      modulo 2^bits
 
-PRG(seed) is the AES-256-GCM keystream under the pair's seed of this round, and its nonce is a digest of what the
-coordinator broadcast. So a coordinator that sends different models to different sites, to make all but one vector
-predictable, opens nothing (the attack: Pasquini, Francati and Ateniese, "Eluding Secure Aggregation in Federated
-Learning via Model Inconsistency", CCS 2022).
+k_ij comes from the pair's seed of this round and from what the coordinator broadcast (ADR 0004), b_i is site i's own
+self mask. Site i deals shares of b_i and of all its k_ij to the others. For a survivor set U they then reveal their
+shares of b_i for each i in U, and of k_ij for each i in U and j outside: never both of one site. So whatever arrives
+late stays masked by b_j, and whoever is lost after contributing is not missed.
 
-Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, section 4,
-without its self masks: the sum opens only if every site of the run contributes.
+Where no dropouts are tolerated, there is no self mask and nothing is dealt: every site's vector is in the sum, or
+there is no sum.
 
-Trust: whoever sees all messages and holds the secrets of c sites learns the sum over the other n - c sites, and that
-is all, for n - c >= 2 and honest-but-curious or lying coordinators alike, given that identities are pinned and that
-a site masks once in each round. Not covered: false inputs, refusing to serve, and what a sum reveals.
+Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, section 4 and
+figure 4. There a site's long-term key is dealt beforehand; here keys that serve one round only are, together with
+the vector that they mask, so that opening one round tells nothing of another and no round has to be repeated.
+
+Trust: see `cohortium.secagg.group` for who may collude. Not covered: false inputs, refusing to serve, and what a sum
+reveals.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import msgspec
 import numpy as np
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from cohortium.core.errors import ProtocolError
-from cohortium.core.messages import Announcement
-from cohortium.secagg.keys import pair_key
-from cohortium.secagg.quantise import Bits, Residues
+from cohortium.core.random import Randomness
+from cohortium.secagg.group import Group
+from cohortium.secagg.keys import purpose_key
+from cohortium.secagg.quantise import Residues, residue_kind
+from cohortium.secagg.scheme import Payload
+from cohortium.secagg.shamir import PRIME, SECRET_WORDS, Words, from_words, reconstruct, to_words
+from cohortium.secagg.stream import PLAIN, Means, add_streams
+from cohortium.secagg.wire import from_wire, sign_extended, to_wire
 
-LEAST_SITES = 3
-"""With two, each learns the other's vector from the sum."""
-
-_ROUNDS_PER_BLOCK = 16
-"""Seeds derived at a time. Each is its own stretch of HKDF output: knowing one tells nothing of the others."""
-_CHUNK = 1 << 18
-_TAG = 16
-_ZEROS = bytes(_CHUNK)
+_NOTHING = np.empty((0, 0), np.uint16)
 
 
-class Masker(msgspec.Struct, frozen=True):
-    """A site's half. `mask` returns a masked vector and the masker for the rounds after it.
+@dataclass(frozen=True)
+class Masking:
+    """The masking scheme for vectors of `length` residues that are `bits` bits wide."""
 
-    Attributes:
-        keys: one key for each peer of this run, in the order of the peers' names.
-        subtracted: the masks of this many peers, those whose names come earlier, are subtracted, the others added.
-        last_round: the last round that was masked; a later one only is accepted.
-        block, block_seeds: the stretch of rounds whose seeds are at hand, and those seeds, in one string for each peer.
-    """
+    group: Group
+    length: int
+    bits: int
+    means: Means = PLAIN
 
-    bits: Bits
-    keys: tuple[bytes, ...]
-    subtracted: int
-    last_round: int = 0
-    block: int = -1
-    block_seeds: tuple[bytes, ...] = ()
+    @property
+    def opens(self) -> bool:
+        return self.group.threshold < len(self.group.sites)
 
-    def __repr__(self) -> str:
-        # the rest is secret
-        return f"Masker(bits={self.bits}, peers={len(self.keys)}, last_round={self.last_round})"
+    @property
+    def decrypted_by_sites(self) -> bool:
+        return False
 
-    def mask(self, round_number: int, broadcast: bytes, vector: Residues) -> "tuple[Residues, Masker]":
-        """Returns the masked vector, same shape and type, and the next masker.
+    @property
+    def payload_bytes(self) -> int:
+        return -(-self.length * self.bits // 8)
 
-        Args:
-            broadcast: what the coordinator sent for this round. The masks depend on it: if two sites were sent
-                different bytes, theirs do not cancel, and the sum is noise.
+    @property
+    def secret_shape(self) -> tuple[int, int]:
+        return (len(self.group.sites), SECRET_WORDS) if self.opens else (0, 0)
 
-        Raises:
-            ProtocolError: the round is not later than the last one: masking twice with one seed would reveal the
-                difference of two vectors.
+    def protect(
+        self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
+    ) -> tuple[Payload, Words]:
+        if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
+            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} was not masked: wrong shape")
+        keys = {peer: purpose_key(seed, b"cohort mask", context) for peer, seed in seeds.items()}
+        later = [keys[peer] for peer in keys if peer > me]
+        earlier = [keys[peer] for peer in keys if peer < me]
+        secret = _NOTHING
+        if self.opens:
+            keys[me] = randomness.child("self mask").bytes(32)
+            later.append(keys[me])
+            # row i is the key with site i, and one's own row the self mask
+            secret = to_words([keys[site] for site in self.group.sites])
+        masked = vector.copy()
+        add_streams(masked, later, earlier, self.means)
+        return to_wire(masked, self.bits), secret
+
+    def add(self, total: Payload | None, payload: Payload) -> Payload:
+        residues = from_wire(payload, self.length, self.bits)
+        if total is None:
+            return residues.copy()
+        total += residues
+        return total
+
+    def answer(self, me: str, survivors: tuple[str, ...], shares: Mapping[str, Words], total: Payload) -> Words:
+        """Returns this site's shares of each survivor's self mask and of its keys with the lost sites.
+
+        Shape `(survivors, 1 + lost, 18)`.
         """
-        if round_number <= self.last_round:
-            raise ProtocolError(f"round {round_number} was refused: round {self.last_round} is already masked")
-        block, place = divmod(round_number, _ROUNDS_PER_BLOCK)
-        blocks = self.block_seeds if block == self.block else tuple(_seed_block(key, block) for key in self.keys)
-        nonce = broadcast_nonce(broadcast)
-        seeds = [seeds[32 * place : 32 * (place + 1)] for seeds in blocks]
-        masked = _masked(vector, seeds[: self.subtracted], seeds[self.subtracted :], nonce, self.bits)
-        return masked, replace(self, last_round=round_number, block=block, block_seeds=blocks)
+        place = {site: row for row, site in enumerate(self.group.sites)}
+        lost = [row for site, row in place.items() if site not in survivors]
+        return np.stack([shares[site][[place[site], *lost]] for site in survivors])
+
+    def open(
+        self, context: bytes, total: Payload, survivors: tuple[str, ...], answers: Mapping[str, NDArray[np.uint16]]
+    ) -> Residues:
+        residues = total
+        if self.opens:
+            lost = [site for site in self.group.sites if site not in survivors]
+            shape = (len(survivors), 1 + len(lost), SECRET_WORDS)
+            held = held_shares(self.group, answers, shape)
+            add: list[bytes] = []
+            subtract: list[bytes] = []
+            for site, row in zip(survivors, reconstruct(held, self.group.threshold), strict=True):
+                self_mask, *pair_keys = from_words(row)
+                subtract.append(self_mask)
+                for peer, key in zip(lost, pair_keys, strict=True):
+                    (subtract if peer > site else add).append(key)
+            residues = total.copy()
+            add_streams(residues, add, subtract, self.means)
+        return sign_extended(residues, self.bits)
 
 
-def masker(private: X25519PrivateKey, mine: Announcement, announcements: Sequence[Announcement], bits: Bits) -> Masker:
-    """Returns the masker of one run, from the site's own secret and all announcements, already checked.
+def held_shares(group: Group, answers: Mapping[str, Words], shape: tuple[int, ...]) -> dict[int, Words]:
+    """Returns the answers by their sites' places in the group.
 
     Raises:
-        ProtocolError: fewer than three sites, a malformed key, or one's own announcement is not among them.
+        ProtocolError: one has another shape or type, or is no share.
     """
-    if mine not in announcements:
-        raise ProtocolError("the key set was refused: it lacks the key that this site announced")
-    if len(announcements) < LEAST_SITES:
-        raise ProtocolError(f"a secure sum over {len(announcements)} sites was refused: it takes {LEAST_SITES}")
-    peers = sorted((peer for peer in announcements if peer.site != mine.site), key=lambda peer: peer.site)
-    keys = tuple(pair_key(private, mine, peer) for peer in peers)
-    return Masker(bits, keys, sum(peer.site < mine.site for peer in peers))
-
-
-def broadcast_nonce(broadcast: bytes) -> bytes:
-    """Returns the 32-byte nonce of a round's streams: BLAKE2b-256 of what the coordinator broadcast."""
-    return hashlib.blake2b(broadcast, digest_size=32).digest()
-
-
-def random_residues(seed: bytes, nonce: bytes, count: int, bits: Bits) -> Iterator[Residues]:
-    """Yields `count` random residues in pieces: the AES-256-GCM keystream of a 32-byte seed under a 32-byte nonce.
-
-    GCM hashes a nonce of this length with a key of its own, which only the holders of the seed know (NIST SP 800-38D,
-    section 7.1), so two nonces give unrelated streams. A seed and a nonce give 64 GiB at most.
-    """
-    kind = _kind(bits)
-    length = count * kind.itemsize
-    encryptor = Cipher(algorithms.AES(seed), modes.GCM(nonce)).encryptor()
-    stream = bytearray(_CHUNK + 15)
-    zeros = memoryview(_ZEROS)
-    for start in range(0, length, _CHUNK):
-        piece = min(_CHUNK, length - start)
-        encryptor.update_into(zeros[:piece], stream)
-        yield np.frombuffer(stream, kind, piece // kind.itemsize)
-
-
-def _masked(vector: Residues, subtract: Sequence[bytes], add: Sequence[bytes], nonce: bytes, bits: Bits) -> Residues:
-    if vector.nbytes * (len(subtract) + len(add)) <= _CHUNK:
-        return _masked_at_once(vector, subtract, add, nonce, bits)
-    masked = vector.copy()
-    for operation, seeds in ((np.subtract, subtract), (np.add, add)):
-        for seed in seeds:
-            start = 0
-            for stream in random_residues(seed, nonce, len(vector), bits):
-                part = masked[start : start + len(stream)]
-                operation(part, stream, out=part)
-                start += len(stream)
-    return masked
-
-
-def _masked_at_once(
-    vector: Residues, subtract: Sequence[bytes], add: Sequence[bytes], nonce: bytes, bits: Bits
-) -> Residues:
-    """Does what `_masked` does for short vectors, where calls cost more than arithmetic: one sum for each sign."""
-    zeros, kind = _ZEROS[: vector.nbytes], _kind(bits)
-    streams = b"".join([AESGCM(seed).encrypt(nonce, zeros, None) for seed in (*subtract, *add)])
-    rows = np.frombuffer(streams, np.uint8).reshape(-1, vector.nbytes + _TAG)[:, : vector.nbytes].view(kind)
-    less, more = rows[: len(subtract)], rows[len(subtract) :]
-    masked: Residues = vector + np.add.reduce(more, dtype=kind) - np.add.reduce(less, dtype=kind)
-    return masked
-
-
-def _kind(bits: Bits) -> "np.dtype[np.unsignedinteger[Any]]":
-    return np.dtype(np.uint32 if bits == 32 else np.uint64)
-
-
-def _seed_block(key: bytes, block: int) -> bytes:
-    info = b"cohortium round seeds v1" + block.to_bytes(8, "big")
-    return HKDFExpand(hashes.SHA256(), 32 * _ROUNDS_PER_BLOCK, info).derive(key)
+    for site, answer in answers.items():
+        if answer.shape != shape or answer.dtype != np.uint16 or (answer >= PRIME).any():
+            raise ProtocolError(f"the answer of site '{site}' was refused: it holds no shares of this round's secrets")
+    return {place: answers[site] for place, site in enumerate(group.sites) if site in answers}

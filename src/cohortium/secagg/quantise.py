@@ -5,24 +5,26 @@ Range proof. A block with bound B at n sites uses the scale s, a power of two, o
     n * (B * s + 1/2) <= 2^(bits-1) - 1,
 
 so that the rounded values of all sites add up inside the signed range whatever the records say. A block for which
-not even s = 1 does is refused. The error of a sum is at most n / (2 s) for each entry; at 64 bits, where a total may
-have more digits than a float, half a unit in its last place comes on top.
+not even s = 1 does is refused. The error of a sum is at most n / (2 s) for each entry; from 54 bits on, where a total
+may have more digits than a float, half a unit in its last place comes on top.
+
+Residues of `bits` bits are two's complement numbers in the smallest of 16, 32 and 64 bits that holds them.
 """
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.errors import ProtocolError, StudyError
 from cohortium.core.layout import Block, Floats, Layout, size
+from cohortium.core.random import Randomness
 from cohortium.core.stage import DpEvent
 
-Bits = Literal[32, 64]
 Residues = NDArray[np.unsignedinteger[Any]]
 
 _LARGEST = float(np.finfo(np.float64).max)
@@ -40,11 +42,22 @@ class FixedPoint:
     """
 
     layout: Layout
-    bits: Bits
+    bits: int
     exponents: tuple[int, ...]
 
-    def encode(self, vector: Floats) -> Residues:
-        """Returns the site's vector as residues, shape `(size,)`.
+    @property
+    def length(self) -> int:
+        """How many residues stand for one vector."""
+        return size(self.layout)
+
+    @property
+    def precision(self) -> float:
+        """The largest error that quantising and floating point leave in an entry, relative to its bound."""
+        pairs = zip(self.layout, self.exponents, strict=True)
+        return max(2.0**-exponent / (2 * block.bound) for block, exponent in pairs) + 2.0**-53
+
+    def encode(self, vector: Floats, randomness: Randomness | None = None) -> Residues:
+        """Returns the site's vector as residues, shape `(length,)`. Rounding to the nearest takes no randomness.
 
         Raises:
             ProtocolError: an entry is NaN, infinite or beyond its block's bound; nothing is encoded.
@@ -61,12 +74,12 @@ class FixedPoint:
                 part = _clipped(block, part)
             np.multiply(part, 2.0**exponent, out=scaled[start:stop])
             start = stop
-        signed = np.rint(scaled, out=scaled).astype(_signed(self.bits))
-        return signed.view(np.uint32 if self.bits == 32 else np.uint64)
+        signed = np.rint(scaled, out=scaled).astype(signed_kind(self.bits))
+        return signed.view(residue_kind(self.bits))
 
     def decode(self, total: Residues) -> Floats:
         """Returns the sum of the sites' vectors that `total`, a sum of residues, stands for."""
-        signed = total.view(_signed(self.bits)).astype(np.float64)
+        signed = total.view(signed_kind(self.bits)).astype(np.float64)
         start = 0
         for block, exponent in zip(self.layout, self.exponents, strict=True):
             part = signed[start : start + block.size]
@@ -87,7 +100,7 @@ def _clipped(block: Block, part: Floats) -> Floats:
 
 
 @lru_cache(maxsize=64)
-def fixed_point(layout: Layout, sites: int, bits: Bits) -> FixedPoint:
+def fixed_point(layout: Layout, sites: int, bits: int) -> FixedPoint:
     """Returns the stage for vectors of `layout` from `sites` sites.
 
     Raises:
@@ -96,7 +109,7 @@ def fixed_point(layout: Layout, sites: int, bits: Bits) -> FixedPoint:
     return FixedPoint(layout, bits, tuple(_exponent(block, sites, bits) for block in layout))
 
 
-def _exponent(block: Block, sites: int, bits: Bits) -> int:
+def _exponent(block: Block, sites: int, bits: int) -> int:
     room = Fraction(2 ** (bits - 1) - 1, sites) - Fraction(1, 2)
     if not (math.isfinite(block.bound) and 0 < block.bound <= room):
         raise StudyError(
@@ -108,5 +121,11 @@ def _exponent(block: Block, sites: int, bits: Bits) -> int:
     return min(quotient.bit_length() - 1, _MOST_EXPONENT)
 
 
-def _signed(bits: Bits) -> type[np.int32] | type[np.int64]:
-    return np.int32 if bits == 32 else np.int64
+def residue_kind(bits: int) -> "np.dtype[np.unsignedinteger[Any]]":
+    """Returns the type of residues that are `bits` (1 to 64) bits wide: 16, 32 or 64 bits, little-endian."""
+    return np.dtype("<u2" if bits <= 16 else "<u4" if bits <= 32 else "<u8")
+
+
+def signed_kind(bits: int) -> "np.dtype[np.signedinteger[Any]]":
+    """Returns the type under which such residues read as positive and negative numbers."""
+    return np.dtype("<i2" if bits <= 16 else "<i4" if bits <= 32 else "<i8")

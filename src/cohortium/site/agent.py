@@ -4,21 +4,24 @@ from dataclasses import dataclass, field
 
 from cohortium.core import codec
 from cohortium.core.document import MAX_DOCUMENT_BYTES, study_id_of
-from cohortium.core.errors import CohortiumError, DataError, PolicyRefused, ProtocolError, SiteError
+from cohortium.core.errors import CohortiumError, DataError, PolicyRefused, ProtocolError, Repeated, SiteError
 from cohortium.core.messages import CONTROL_BYTES, CloseRun, FromSite, OpenRun, Refusal, ToSite, decode_to_site
 from cohortium.core.random import Randomness
 from cohortium.learning.table import Table
 from cohortium.plan import Compiler, Plan, compile_study
+from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.cohort import load
 from cohortium.site.ports import DataSource
 from cohortium.site.session import LoadCohort, Membership, Session, step
 
+_MOST_RUNS = 16
+"""Runs at a time; one that is opened beyond them ends the oldest."""
 _UNSTATED = "the site's agent failed; its own staff see why"
 
 
 @dataclass
 class Agent:
-    """Serves runs one after the other for one site.
+    """Serves a site's runs, several at a time.
 
     Attributes:
         membership: who the site is and whom it trusts.
@@ -28,6 +31,7 @@ class Agent:
         randomness: the root of the coming runs' keys, from the operating system outside simulations. Opening a run
             moves it on, so that a run's keys cannot be had from what is kept.
         compiler: turns a study into a plan.
+        means: how this machine masks.
         failure: the last failure in full, for the site's own staff; the coordinator gets its public half.
     """
 
@@ -36,10 +40,12 @@ class Agent:
     approved: frozenset[str]
     randomness: Randomness
     compiler: Compiler = compile_study
+    means: Means = PLAIN
     failure: Exception | None = None
-    _session: Session | None = None
+    _sessions: dict[str, Session] = field(default_factory=dict)
+    _cohorts: dict[str, tuple[str, Table]] = field(default_factory=dict, repr=False)
     _served: set[str] = field(default_factory=set)
-    _cached: tuple[str, str, Table] | None = field(default=None, repr=False)
+    _latest: Table | None = field(default=None, repr=False)
 
     def receive(self, data: bytes) -> list[bytes]:
         """Returns the site's answers to a message of the coordinator.
@@ -50,6 +56,8 @@ class Agent:
         message = decode_to_site(data, self._limit())
         try:
             return [codec.encode(answer) for answer in self._answers(message)]
+        except Repeated:
+            return []
         except DataError as error:
             named = SiteError(f"{self.membership.site}: {error}", public=error.public)
             return [self._refuse(message.run, named, error.public)]
@@ -58,7 +66,14 @@ class Agent:
         except Exception as error:  # noqa: BLE001  whatever went wrong, its text might hold a patient's value
             return [self._refuse(message.run, error, _UNSTATED)]
 
-    def cohort(self, plan: Plan) -> Table:
+    @property
+    def table(self) -> Table:
+        """The cohort of the run that was opened last."""
+        if self._latest is None:
+            raise ProtocolError("no run has read this site's cohort yet")
+        return self._latest
+
+    def _cohort(self, run: str, plan: Plan) -> Table:
         """Returns the plan's cohort at this site, the same throughout a run.
 
         Raises:
@@ -66,56 +81,64 @@ class Agent:
                 of two rounds' sums could be a single patient.
         """
         now = self.source.fingerprint()
-        if self._cached is None or self._cached[0] != plan.study_id:
-            self._cached = (plan.study_id, now, load(plan, self.source))
-        elif self._cached[1] != now:
+        if run not in self._cohorts:
+            self._latest = load(plan, self.source)
+            self._cohorts[run] = now, self._latest
+        elif self._cohorts[run][0] != now:
             reason = "the data changed during the run"
             raise DataError(f"{reason}. Nothing more was sent. Run the study again.", public=reason)
-        return self._cached[2]
-
-    @property
-    def table(self) -> Table:
-        """The cohort of the last run."""
-        if self._cached is None:
-            raise ProtocolError("no run has read this site's cohort yet")
-        return self._cached[2]
+        return self._cohorts[run][1]
 
     def _answers(self, message: ToSite) -> list[FromSite]:
         if isinstance(message, OpenRun):
             self._open(message)
-        if self._session is None and isinstance(message, CloseRun):
+        session = self._sessions.get(message.run)
+        if session is None and isinstance(message, CloseRun):
             return []
-        if self._session is None:
-            raise ProtocolError("a message was refused: no run is open at this site")
+        if session is None:
+            raise ProtocolError("a message was refused: no such run is open at this site")
         answers: list[FromSite] = []
         events: list[ToSite | Table] = [message]
         while events:
-            self._session, effects = step(self._session, events.pop())
+            session, effects = step(session, events.pop())
+            self._sessions[message.run] = session
             for effect in effects:
                 if isinstance(effect, LoadCohort):
-                    events.append(self.cohort(effect.plan))
+                    events.append(self._cohort(message.run, effect.plan))
                 else:
                     answers.append(effect.message)
+        if session.over:
+            self._forget(message.run)
         return answers
 
     def _open(self, message: OpenRun) -> None:
         if study_id_of(message.study) not in self.approved:
             raise PolicyRefused("the study was refused: this site's steward has not approved it")
+        if message.run in self._sessions:
+            raise Repeated("a run is open already")
         if message.run in self._served:
             raise ProtocolError("a run was refused: its name was used before")
         self._served.add(message.run)
         keys, self.randomness = self.randomness.child("run", message.run), self.randomness.child("next")
-        self._session, self._cached = Session(self.membership, keys, self.compiler), None
+        while len(self._sessions) >= _MOST_RUNS:
+            self._forget(next(iter(self._sessions)))
+        self._sessions[message.run] = Session(self.membership, keys, self.compiler, self.means)
 
     def _limit(self) -> int:
-        """Returns more bytes than the message may have that is due now."""
-        plan = self._session.plan if self._session else None
-        if plan is None:
-            return MAX_DOCUMENT_BYTES + CONTROL_BYTES
-        assert self._session is not None
-        agreeing = self._session.masker is None
-        return CONTROL_BYTES + (512 * len(plan.sites) if agreeing else plan.broadcast_limit)
+        """Returns more bytes than any message may have that is due now."""
+        return CONTROL_BYTES + max([MAX_DOCUMENT_BYTES, *map(_due, self._sessions.values())])
+
+    def _forget(self, run: str) -> None:
+        self._sessions.pop(run, None)
+        self._cohorts.pop(run, None)
 
     def _refuse(self, run: str, failure: Exception, reason: str) -> bytes:
-        self.failure, self._session, self._cached = failure, None, None
+        self.failure = failure
+        self._forget(run)
         return codec.encode(Refusal(run, self.membership.site, reason[:1000]))
+
+
+def _due(session: Session) -> int:
+    if session.plan is None:
+        return 0
+    return session.plan.outbound_limit if session.member is not None else 512 * len(session.plan.sites)

@@ -15,15 +15,27 @@ from msgspec.structs import replace
 
 from cohortium.core import codec
 from cohortium.core.document import from_canonical
-from cohortium.core.errors import ProtocolError
+from cohortium.core.errors import ProtocolError, Repeated
 from cohortium.core.layout import pack
-from cohortium.core.messages import Announcement, CloseRun, FromSite, KeySet, MaskedUpdate, OpenRound, OpenRun, ToSite
+from cohortium.core.messages import (
+    Announcement,
+    CloseRun,
+    Endorsed,
+    FromSite,
+    KeySet,
+    OpenRound,
+    OpenRun,
+    Survivors,
+    ToSite,
+)
 from cohortium.core.random import Randomness
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.table import Table
 from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.secagg import keys
-from cohortium.secagg.masking import Masker, masker
+from cohortium.secagg.group import Group
+from cohortium.secagg.protocol import Member
+from cohortium.secagg.stream import PLAIN, Means
 
 
 @dataclass(frozen=True)
@@ -34,11 +46,13 @@ class Membership:
         site: its name.
         identity: its long-term signing key.
         pinned: every site's Ed25519 public key (32 bytes) by name, from enrolment.
+        coordinator: the coordinator's Ed25519 public key (32 bytes), from enrolment.
     """
 
     site: str
     identity: Ed25519PrivateKey = field(repr=False)
     pinned: Mapping[str, bytes]
+    coordinator: bytes
 
 
 @dataclass(frozen=True)
@@ -68,12 +82,13 @@ class Session(msgspec.Struct, frozen=True):
     membership: Membership
     randomness: Randomness
     compiler: Compiler = compile_study
+    means: Means = PLAIN
     training: Randomness | None = None
     plan: Plan | None = None
     run: str = ""
     private: X25519PrivateKey | None = None
     announced: Announcement | None = None
-    masker: Masker | None = None
+    member: Member | None = None
     waiting: OpenRound | None = None
     before: Any = None
     memory: Memory = msgspec.field(default_factory=dict)
@@ -100,18 +115,21 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
             return _open_run(session, event)
         case Table() if session.plan is not None and session.announced is None:
             return _announce(session)
-        case KeySet() if session.announced is not None and session.masker is None:
+        case KeySet() if session.announced is not None and session.member is None:
             return _agree(session, event)
-        case OpenRound() if session.masker is not None and session.waiting is None:
-            assert session.plan is not None
-            if event.round != session.masker.last_round + 1 or event.round > session.plan.rounds:
-                raise ProtocolError(f"round {event.round} was refused: it is out of order or beyond the study's rounds")
-            return replace(session, waiting=event), [LoadCohort(session.plan)]
+        case OpenRound() if session.member is not None and session.waiting is None:
+            return _open_round(session, event)
+        case Survivors() if session.member is not None:
+            endorsement, member = session.member.endorse(event)
+            return replace(session, member=member), [Send(endorsement)]
+        case Endorsed() if session.member is not None:
+            answer, member = session.member.reveal(event)
+            return replace(session, member=member), [Send(answer)]
         case Table() if session.waiting is not None:
             return _contribute(session, session.waiting, event)
         case CloseRun():
             blank = Randomness(bytes(32))
-            ended = replace(session, over=True, private=None, masker=None, before=None, memory={})
+            ended = replace(session, over=True, private=None, member=None, before=None, memory={})
             return replace(ended, randomness=blank, training=blank), []
     raise ProtocolError("a message was refused: it came twice or out of order")
 
@@ -136,25 +154,50 @@ def _announce(session: Session) -> tuple[Session, list[Effect]]:
 
 def _agree(session: Session, message: KeySet) -> tuple[Session, list[Effect]]:
     assert session.plan is not None and session.private is not None and session.announced is not None
-    plan, pinned = session.plan, session.membership.pinned
+    plan, pinned, entries = session.plan, session.membership.pinned, message.announcements
     unknown = set(plan.sites) - pinned.keys()
     if unknown:
         raise ProtocolError(f"the study was refused: this site knows no identity of {', '.join(sorted(unknown))}")
-    expected = {site: pinned[site] for site in plan.sites}
-    keys.check(message.announcements, expected, session.run, plan.study_id)
-    agreed = masker(session.private, session.announced, message.announcements, plan.study.aggregation.bits)
-    return replace(session, private=None, masker=agreed), []
+    threshold = plan.tolerance.threshold
+    keys.check(entries, {site: pinned[site] for site in plan.sites}, session.run, plan.study_id, threshold)
+    member = Member(
+        session.run,
+        session.membership.site,
+        Group(tuple(entry.site for entry in entries), threshold),
+        keys.agree(session.private, session.announced, entries),
+        keys.session_digest(session.run, plan.study_id, threshold, entries),
+        session.membership.coordinator,
+    )
+    return replace(session, private=None, member=member), []
+
+
+def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effect]]:
+    assert session.plan is not None and session.member is not None
+    last, earliest = session.member.last_round, opened.round - len(opened.missed)
+    if opened.round <= last:
+        raise Repeated(f"round {opened.round} was refused: round {last} is already protected")
+    if not earliest <= last + 1 or opened.round > session.plan.rounds:
+        raise ProtocolError(f"round {opened.round} was refused: it is out of order or beyond the study's rounds")
+    if opened.missed and not session.plan.study.aggregation.dropouts:
+        raise ProtocolError(f"round {opened.round} was refused: the study lets no site miss a round")
+    # it may have contributed to a round in which its contribution was lost
+    unseen = replace(opened, missed=opened.missed[last + 1 - earliest :])
+    return replace(session, waiting=unseen), [LoadCohort(session.plan)]
 
 
 def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Session, list[Effect]]:
-    assert session.plan is not None and session.masker is not None and session.training is not None
-    algorithm = session.plan.algorithm
-    broadcast = codec.decode(opened.broadcast, algorithm.broadcast_type)
-    algorithm.admit(broadcast, session.before)
+    plan, member = session.plan, session.member
+    assert plan is not None and member is not None and session.training is not None
+    algorithm, before = plan.algorithm, session.before
+    for data in (*opened.missed, opened.broadcast):
+        broadcast = codec.decode(data, algorithm.broadcast_type)
+        algorithm.admit(broadcast, before)
+        before = broadcast
     layout = algorithm.layout(broadcast)
     with np.errstate(all="ignore"):  # what overflows becomes infinite, and encoding refuses that
         statistics, memory = algorithm.local(broadcast, table, session.memory, session.training)
-    encoded = session.plan.stages(layout).encode(pack(layout, statistics))
-    masked, later = session.masker.mask(opened.round, opened.broadcast, encoded)
-    update = MaskedUpdate(session.run, session.membership.site, opened.round, masked)
-    return replace(session, masker=later, waiting=None, before=broadcast, memory=memory), [Send(update)]
+    own = session.randomness.child("round", opened.round)
+    encoded = plan.stages(layout).encode(pack(layout, statistics), own)
+    scheme = plan.scheme(member.group, layout, session.means)
+    update, member = member.protect(opened.round, opened.broadcast, scheme, encoded, own)
+    return replace(session, member=member, waiting=None, before=broadcast, memory=memory), [Send(update)]

@@ -2,12 +2,13 @@
 
 from cohortium.coordinator.result import Result, headline
 from cohortium.core.study import BinaryTarget, Number, NumberTarget, Study
+from cohortium.guarantees import protection
 from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
 from cohortium.learning.quantile import decimals
-from cohortium.plan import Plan, protection
+from cohortium.plan import Plan
 from cohortium.web import report
 
 _EFFECTS = {"logistic": "odds ratio", "poisson": "rate ratio", "linear": "difference"}

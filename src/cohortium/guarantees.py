@@ -1,0 +1,137 @@
+"""What a study guarantees and what it does not, before anything runs: for the steward who is asked to approve it."""
+
+from dataclasses import dataclass
+
+from cohortium.core.study import Compression, Descriptive
+from cohortium.plan import Phase, Plan, Traffic
+
+_PROTOCOLS = {
+    "masking": "masks that cancel in the sum",
+    "rlwe": "threshold homomorphic encryption (RLWE)",
+    "ckks-single-key": "homomorphic encryption (CKKS) under one key that every hospital holds",
+}
+
+
+@dataclass(frozen=True)
+class Security:
+    """The protection of a study's secure sums, as figures.
+
+    Attributes:
+        protocol: the study's word for it.
+        sites: how many hospitals the study names.
+        threshold: how many of them must stay to the end of a round.
+        dropouts: how many may be lost in a round.
+        curious: how many may collude with a coordinator that follows the protocol; None: any single one reads updates.
+        malicious: how many may collude with one that lies.
+        bytes_a_round: the most bytes that a hospital sends in a round of each phase.
+    """
+
+    protocol: str
+    sites: int
+    threshold: int
+    dropouts: int
+    curious: int | None
+    malicious: int | None
+    bytes_a_round: dict[str, int]
+
+
+def security(plan: Plan) -> Security:
+    """Returns the protection of a plan's secure sums."""
+    aggregation, withstands = plan.study.aggregation, plan.tolerance
+    single_key = aggregation.protocol == "ckks-single-key"
+    return Security(
+        aggregation.protocol,
+        withstands.sites,
+        withstands.threshold,
+        aggregation.dropouts,
+        None if single_key else withstands.curious,
+        None if single_key else withstands.malicious,
+        {phase.name: plan.traffic(phase.layout).total for phase in plan.phases},
+    )
+
+
+def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """Returns what a study guarantees and what it does not, as pairs of a question and its answer."""
+    study, cohort = plan.study, plan.study.cohort
+    vectors = "; ".join(_vector(plan, phase) for phase in plan.phases)
+    rows = [
+        ("Leaves each hospital", f"one protected vector a round. {vectors[0].upper()}{vectors[1:]}"),
+        ("Protocol", _protocol(plan)),
+        ("Who can read it", _readers(plan)),
+        ("If hospitals drop", _dropouts(plan)),
+        (
+            "Privacy",
+            "no differential privacy: the sums and the result are exact, and what they reveal of a patient is not "
+            "bounded. Unit: patient",
+        ),
+        ("Precision", _precision(plan)),
+    ]
+    if isinstance(study.model, Descriptive):
+        least = study.model.small_cells
+        rule = (
+            f"a hospital sends no count from 1 to {least - 1}; the mean and spread of a number that takes few values "
+            "may still give one away (disclosure control, not differential privacy)"
+        )
+        rows.append(("Small cells", rule if least > 1 else "counts of any size are sent"))
+    rows.append(("Takes part", f"a hospital with {cohort.minimum:,} to {cohort.maximum:,} patients in the cohort"))
+    return tuple(rows)
+
+
+def _vector(plan: Plan, phase: Phase) -> str:
+    traffic = plan.traffic(phase.layout)
+    most = "at most " if phase.name == "quantiles" else ""
+    rounds = f"at most {phase.rounds} round{'' if phase.rounds == 1 else 's'}"
+    return f"{phase.name}: {most}{phase.values:,} numbers ({_bytes(traffic)}) a round, {rounds}"
+
+
+def _bytes(traffic: Traffic) -> str:
+    opening = traffic.total - traffic.payload
+    return f"{traffic.payload:,} bytes" + (f" and up to {opening:,} to open the sum" if opening else "")
+
+
+def _protocol(plan: Plan) -> str:
+    withstands, bits = plan.tolerance, plan.quantiser(plan.phases[-1].layout).bits
+    return (
+        f"{plan.study.aggregation.protocol}: {_PROTOCOLS[plan.study.aggregation.protocol]}; threshold "
+        f"{withstands.threshold} of {withstands.sites} hospitals; sums {bits} bits wide"
+    )
+
+
+def _readers(plan: Plan) -> str:
+    withstands = plan.tolerance
+    if plan.study.aggregation.protocol == "ckks-single-key":
+        return (
+            "single key: any hospital can decrypt any update it sees, and a coordinator that lies gets one decrypted. "
+            "A coordinator that follows the protocol reads sums only"
+        )
+    return (
+        f"nobody. The coordinator together with up to {withstands.curious} of the {withstands.sites} hospitals, or up "
+        f"to {withstands.malicious} if it lies to the others, learns only the sum over the remaining survivors (at "
+        "least two honest), given pinned identity keys and signed survivor sets. What a sum reveals is not limited: a "
+        "lying coordinator chooses the coefficients that it is taken at. That a hospital takes part or refuses is not "
+        "hidden"
+    )
+
+
+def _dropouts(plan: Plan) -> str:
+    withstands = plan.tolerance
+    lost = withstands.sites - withstands.threshold
+    if not lost:
+        return f"a round needs all {withstands.sites}: if one is missing it yields nothing"
+    return (
+        f"up to {lost} of {withstands.sites} may be lost in any round, at any step; below {withstands.threshold} it "
+        "yields nothing. Sums of two rounds that differ by one hospital tell much about that hospital if the model "
+        "hardly moved in between"
+    )
+
+
+def _precision(plan: Plan) -> str:
+    compression = plan.study.aggregation.compression
+    exact = f"quantising changes a sum by at most {max(phase.precision for phase in plan.phases):.1g} of its bound"
+    return _compressed(compression) if isinstance(compression, Compression) else exact
+
+
+def _compressed(compression: Compression) -> str:
+    scale = f"on the scale of the norm {compression.norm:g}" if compression.norm else "on their bound's scale"
+    rotated = "rotated and then " if compression.rotation else ""
+    return f"model updates are {rotated}rounded at random to {compression.levels} bits {scale}; other numbers are exact"

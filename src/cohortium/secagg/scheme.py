@@ -1,0 +1,87 @@
+"""What a secure sum needs of its arithmetic: protect a vector, add protected vectors, open the sum over the survivors.
+
+Who may ask for what, and when, is `cohortium.secagg.protocol`'s; a scheme is values and arithmetic, for one run's
+group and one round's length.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from cohortium.core.random import Randomness
+from cohortium.secagg.group import Group
+from cohortium.secagg.quantise import Residues
+from cohortium.secagg.shamir import Words
+
+Payload = NDArray[Any]
+"""A protected vector, or a sum of such, as it travels."""
+
+
+class Scheme(Protocol):
+    """One way to protect vectors of a given length whose sums are `bits` bits wide.
+
+    Attributes:
+        group: the sites of the run.
+        length: how many residues a vector has.
+        secret_shape: the shape of the secret that each site shares in a round; `(0, 0)` if there is none.
+        opens: whether the survivors must help to open a sum. Otherwise it is open once every site has contributed.
+        decrypted_by_sites: whether they need the sum itself for that.
+        payload_bytes: the most bytes that a protected vector takes.
+    """
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def secret_shape(self) -> tuple[int, int]: ...
+
+    @property
+    def opens(self) -> bool: ...
+
+    @property
+    def decrypted_by_sites(self) -> bool: ...
+
+    @property
+    def payload_bytes(self) -> int: ...
+
+    def protect(
+        self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
+    ) -> tuple[Payload, Words]:
+        """Returns a site's protected vector, and the secret that it shares with the others.
+
+        Args:
+            seeds: the round's 32-byte seed with each peer.
+            context: 32 public bytes that stand for run, key set, round and broadcast.
+            randomness: for this round alone.
+
+        Raises:
+            ProtocolError: the vector has another length or type than the scheme's.
+        """
+
+    def add(self, total: Payload | None, payload: Payload) -> Payload:
+        """Returns the sum of a total and one more payload; the total given is used up.
+
+        Raises:
+            ProtocolError: the payload has the wrong shape or type, or holds what no site can have sent.
+        """
+
+    def answer(self, me: str, survivors: tuple[str, ...], shares: Mapping[str, Words], total: Payload) -> NDArray[Any]:
+        """Returns what a site reveals to open the sum over the survivors.
+
+        Args:
+            shares: this site's share of each survivor's secret.
+            total: the sum, if sites decrypt it; else empty.
+        """
+
+    def open(
+        self, context: bytes, total: Payload, survivors: tuple[str, ...], answers: Mapping[str, NDArray[Any]]
+    ) -> Residues:
+        """Returns the sum of the survivors' vectors, from at least `threshold` answers where `opens`.
+
+        Raises:
+            ProtocolError: an answer has the wrong shape or type, or the answers contradict each other.
+        """
