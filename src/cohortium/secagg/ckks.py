@@ -84,9 +84,7 @@ class SingleKey:
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
     ) -> tuple[Payload, Words]:
         if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
-            raise ProtocolError(
-                f"a vector of shape {vector.shape} and type {vector.dtype} was not encrypted: wrong shape"
-            )
+            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
         signed = vector.view(signed_kind(self.bits)).astype(np.float64)
         keys = _context(self.key)
         chunks = [signed[start : start + _SLOTS].tolist() for start in range(0, self.length, _SLOTS)]

@@ -6,8 +6,8 @@ honest:
     it follows the protocol:   c <= t - 1       fewer than t shares of a secret tell nothing
     it lies:                   c <= 2t - n - 1  two survivor sets would each need t - c honest endorsers, of n - c
 
-for n sites and the threshold t = n - dropouts, and c <= n - 2, since two must be honest. The second line rests on pinned identity keys and signed survivor
-sets; `cohortium.secagg.protocol` has the argument.
+for n sites and the threshold t = n - dropouts, and c <= n - 2, since two must be honest. The second line rests on
+pinned identity keys and signed survivor sets; `cohortium.secagg.protocol` has the argument.
 """
 
 from dataclasses import dataclass

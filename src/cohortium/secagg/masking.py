@@ -66,7 +66,7 @@ class Masking:
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
     ) -> tuple[Payload, Words]:
         if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
-            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} was not masked: wrong shape")
+            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
         keys = {peer: purpose_key(seed, b"cohort mask", context) for peer, seed in seeds.items()}
         later = [keys[peer] for peer in keys if peer > me]
         earlier = [keys[peer] for peer in keys if peer < me]

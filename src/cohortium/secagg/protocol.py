@@ -94,7 +94,7 @@ class Member(msgspec.Struct, frozen=True):
         """Returns the site's contribution to a round.
 
         Args:
-            broadcast: what the coordinator sent for this round. If two sites were sent different bytes, nothing adds up.
+            broadcast: what the coordinator sent for this round. Where two sites received others, nothing adds up.
             randomness: for this round alone.
 
         Raises:
@@ -130,7 +130,7 @@ class Member(msgspec.Struct, frozen=True):
             raise ProtocolError(f"a second survivor set for round {message.round} was refused: one was endorsed")
         if chosen != tuple(sorted(set(chosen) & set(self.group.sites))) or self.me not in chosen:
             raise ProtocolError(
-                "a survivor set was refused: it must list sites of the run, once each, in order, with me"
+                "a survivor set was refused: it must list sites of the run in order, once each, this one too"
             )
         if len(chosen) < self.group.threshold:
             raise ProtocolError(
@@ -256,9 +256,7 @@ class Tally(msgspec.Struct, frozen=True):
         group = self.scheme.group
         chosen = tuple(site for site in group.sites if site in self.sealed)
         if len(chosen) < group.threshold:
-            raise ProtocolError(
-                f"{len(chosen)} sites contributed, and it takes {group.threshold}: the sum stays closed"
-            )
+            raise ProtocolError(f"{len(chosen)} sites contributed and it takes {group.threshold}: the sum stays closed")
         signature = sign(identity, _PURPOSE, *_signed_parts(self.context, chosen))
         messages = {}
         for site in chosen:

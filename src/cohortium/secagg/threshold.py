@@ -53,9 +53,7 @@ class Threshold:
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
     ) -> tuple[Payload, Words]:
         if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
-            raise ProtocolError(
-                f"a vector of shape {vector.shape} and type {vector.dtype} was not encrypted: wrong shape"
-            )
+            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
         secret = rlwe.secret_key(randomness)
         payload = rlwe.encrypt(secret, context, vector, self.bits, randomness)
         return payload, (secret.astype(np.int64) % PRIME).astype(np.uint16).reshape(self.secret_shape)

@@ -119,12 +119,8 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
             return _agree(session, event)
         case OpenRound() if session.member is not None and session.waiting is None:
             return _open_round(session, event)
-        case Survivors() if session.member is not None:
-            endorsement, member = session.member.endorse(event)
-            return replace(session, member=member), [Send(endorsement)]
-        case Endorsed() if session.member is not None:
-            answer, member = session.member.reveal(event)
-            return replace(session, member=member), [Send(answer)]
+        case Survivors() | Endorsed() if session.member is not None:
+            return _open_sum(session, session.member, event)
         case Table() if session.waiting is not None:
             return _contribute(session, session.waiting, event)
         case CloseRun():
@@ -201,3 +197,12 @@ def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Sess
     scheme = plan.scheme(member.group, layout, session.means)
     update, member = member.protect(opened.round, opened.broadcast, scheme, encoded, own)
     return replace(session, member=member, waiting=None, before=broadcast, memory=memory), [Send(update)]
+
+
+def _open_sum(session: Session, member: Member, event: Survivors | Endorsed) -> tuple[Session, list[Effect]]:
+    answer: FromSite
+    if isinstance(event, Survivors):
+        answer, member = member.endorse(event)
+    else:
+        answer, member = member.reveal(event)
+    return replace(session, member=member), [Send(answer)]
