@@ -104,12 +104,16 @@ def _readers(plan: Plan) -> str:
             "single key: any hospital can decrypt any update it sees, and a coordinator that lies gets one decrypted. "
             "A coordinator that follows the protocol reads sums only"
         )
+    lying = (
+        f"or up to {withstands.malicious} if it lies"
+        if withstands.malicious < withstands.curious
+        else "also if it lies"
+    )
     return (
-        f"nobody. The coordinator together with up to {withstands.curious} of the {withstands.sites} hospitals, or up "
-        f"to {withstands.malicious} if it lies to the others, learns only the sum over the remaining survivors (at "
-        "least two honest), given pinned identity keys and signed survivor sets. What a sum reveals is not limited: a "
-        "lying coordinator chooses the coefficients that it is taken at. That a hospital takes part or refuses is not "
-        "hidden"
+        f"nobody. The coordinator together with up to {withstands.curious} of the {withstands.sites} hospitals, "
+        f"{lying} to the others, learns only the sum over the remaining survivors (at least two honest), given pinned "
+        "identity keys and signed survivor sets. What a sum reveals is not limited: a lying coordinator chooses the "
+        "coefficients that it is taken at. That a hospital takes part or refuses is not hidden"
     )
 
 

@@ -313,7 +313,7 @@ def _with_maximum(algorithm: Any, maximum: int) -> Any:
 class Halved:
     """A stage for these tests: sends half of each entry."""
 
-    def encode(self, vector: np.ndarray) -> np.ndarray:
+    def encode(self, vector: np.ndarray, randomness: Randomness) -> np.ndarray:
         return vector / 2
 
     def decode(self, total: np.ndarray) -> np.ndarray:
@@ -327,7 +327,7 @@ class Halved:
 class Turned:
     """A stage for these tests that does not commute with `Halved` padded by it: reverses and prepends a zero."""
 
-    def encode(self, vector: np.ndarray) -> np.ndarray:
+    def encode(self, vector: np.ndarray, randomness: Randomness) -> np.ndarray:
         return np.concatenate([[0.0], vector[::-1]])
 
     def decode(self, total: np.ndarray) -> np.ndarray:
@@ -337,6 +337,7 @@ class Turned:
         return (DpEvent("turned"),)
 
 
+DRAWN = Randomness.of_seed(12)
 LAYOUT = (Block("a", (2, 2), 10.0), Block("b", (), 3.0), Block("c", (3,), 0.5, "clip"), Block("none", (0,), 1.0))
 PADDED = (Block("zero", (1,), 1.0), Block("all", (8,), 10.0))
 STAGES: dict[str, tuple[Stage, float]] = {
@@ -352,9 +353,9 @@ STAGES: dict[str, tuple[Stage, float]] = {
 def check_stage(stage: Stage, vectors: Sequence[np.ndarray], tolerance: float) -> None:
     """The sum of the encoded vectors decodes to about the sum of the vectors; both halves are pure."""
     given_vectors = [vector.copy() for vector in vectors]
-    encoded = [stage.encode(vector) for vector in vectors]
+    encoded = [stage.encode(vector, DRAWN) for vector in vectors]
     assert same(list(vectors), given_vectors)
-    assert same(encoded, [stage.encode(vector) for vector in vectors])
+    assert same(encoded, [stage.encode(vector, DRAWN) for vector in vectors])
     total = np.add.reduce(encoded, dtype=encoded[0].dtype)
     kept = total.copy()
     decoded = stage.decode(total)
@@ -379,7 +380,7 @@ def test_stages_keep_their_promises(name: str, seed: int, sites: int, scale: flo
 def test_a_chain_encodes_left_to_right_and_decodes_right_to_left() -> None:
     both = chain([Halved(), Turned()])
     assert isinstance(both, Chain)
-    assert both.encode(np.array([2.0, 4.0])).tolist() == [0.0, 2.0, 1.0]
+    assert both.encode(np.array([2.0, 4.0]), DRAWN).tolist() == [0.0, 2.0, 1.0]
     assert both.decode(np.array([9.0, 2.0, 1.0])).tolist() == [2.0, 4.0]
     assert [event.mechanism for event in chain([both, Halved()]).events()] == ["halved", "turned", "halved"]
 
@@ -451,9 +452,9 @@ def test_a_misbehaving_algorithm_is_noticed(how: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("encode", lambda self, vector: vector * vector),
-        ("encode", lambda self, vector: np.add(vector, 1.0, out=vector)),
-        ("encode", lambda self, vector: vector / 2 + next(CALLS)),
+        ("encode", lambda self, vector, randomness: vector * vector),
+        ("encode", lambda self, vector, randomness: np.add(vector, 1.0, out=vector)),
+        ("encode", lambda self, vector, randomness: vector / 2 + next(CALLS)),
         ("decode", lambda self, total: total),
         ("decode", lambda self, total: np.multiply(total, 2.0, out=total)),
         ("events", lambda self: []),

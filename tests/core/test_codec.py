@@ -15,41 +15,52 @@ from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import (
     Announcement,
     CloseRun,
+    Endorsed,
+    Endorsement,
     FromSite,
     KeySet,
     MaskedUpdate,
     OpenRound,
     OpenRun,
     Refusal,
+    Reveal,
+    Survivors,
     ToSite,
     decode_from_site,
     decode_to_site,
 )
 
-TRAVELLING = ["<f8", "<f4", "<u4", "<u8", "<i8", "|b1"]
+TRAVELLING = ["<f8", "<f4", "|u1", "<u2", "<u4", "<u8", "<i8", "|b1"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ARRAYS = st.sampled_from(TRAVELLING).flatmap(
     lambda kind: arrays.arrays(np.dtype(kind), arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
 )
 KEYS, SIGNATURES = (st.binary(min_size=length, max_size=length) for length in (32, 64))
 ANNOUNCEMENTS = st.builds(Announcement, TEXT, TEXT, KEYS, SIGNATURES)
-ROUNDS = st.integers(-(2**63), 2**64 - 1)
+ROUNDS = st.integers(1, 10**9)
+SEALED = st.lists(st.binary(max_size=60), max_size=4).map(tuple)
+NAMES = st.lists(TEXT, max_size=4).map(tuple)
+TAGS = st.lists(KEYS, max_size=4).map(tuple)
 TO_SITE: st.SearchStrategy[ToSite] = st.one_of(
     st.builds(OpenRun, TEXT, st.binary(max_size=200)),
     st.builds(KeySet, TEXT, st.lists(ANNOUNCEMENTS, max_size=4).map(tuple)),
-    st.builds(OpenRound, TEXT, ROUNDS, st.binary(max_size=200)),
+    st.builds(OpenRound, TEXT, ROUNDS, st.binary(max_size=200), SEALED),
+    st.builds(Survivors, TEXT, ROUNDS, NAMES, SIGNATURES, SEALED),
+    st.builds(Endorsed, TEXT, ROUNDS, NAMES, TAGS, ARRAYS),
     st.builds(CloseRun, TEXT, TEXT),
 )
 FROM_SITE: st.SearchStrategy[FromSite] = st.one_of(
     ANNOUNCEMENTS,
-    st.builds(MaskedUpdate, TEXT, TEXT, ROUNDS, ARRAYS),
+    st.builds(MaskedUpdate, TEXT, TEXT, ROUNDS, ARRAYS, SEALED),
+    st.builds(Endorsement, TEXT, TEXT, ROUNDS, TAGS),
+    st.builds(Reveal, TEXT, TEXT, ROUNDS, ARRAYS),
     st.builds(Refusal, TEXT, TEXT, TEXT),
 )
 
 
 def same(one: Any, other: Any) -> bool:
-    if isinstance(one, MaskedUpdate) and isinstance(other, MaskedUpdate):
-        return (one.run, one.site, one.round) == (other.run, other.site, other.round) and same(one.values, other.values)
+    if isinstance(one, msgspec.Struct) and type(one) is type(other):
+        return all(same(getattr(one, name), getattr(other, name)) for name in one.__struct_fields__)
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     return bool(one == other) and type(one) is type(other)
@@ -170,13 +181,17 @@ class TestRefusedToTravel:
 VALID_TO_SITE = [
     OpenRun("run", b'{"study":"x"}'),
     KeySet("run", tuple(Announcement("run", site, bytes(32), bytes(64)) for site in "abc")),
-    OpenRound("run", 3, codec.encode(Nested({"a": 0.5}, (np.ones(3),)))),
+    OpenRound("run", 3, codec.encode(Nested({"a": 0.5}, (np.ones(3),))), (b"before",)),
+    Survivors("run", 3, ("a", "b", "c"), bytes(64), (b"for me", b"and me")),
+    Endorsed("run", 3, ("b", "c"), (bytes(32), bytes(32)), np.zeros(0, np.uint8)),
     CloseRun("run", "finished"),
 ]
 VALID_FROM_SITE = [
     Announcement("run", "a", bytes(range(32)), bytes(range(64))),
     MaskedUpdate("run", "a", 3, np.arange(7, dtype=np.uint32)),
-    MaskedUpdate("run", "a", 3, np.ones((2, 0), dtype=np.float64)),
+    MaskedUpdate("run", "a", 3, np.ones((2, 0), dtype=np.float64), (b"for b", b"for c")),
+    Endorsement("run", "a", 3, (bytes(32), bytes(32))),
+    Reveal("run", "a", 3, np.zeros((3, 2, 18), np.uint16)),
     Refusal("run", "a", "no"),
 ]
 
@@ -204,18 +219,18 @@ class TestHostileBytes:
     @settings(max_examples=400, deadline=None)
     @given(mutated(VALID_TO_SITE))
     def test_mutated_to_a_site(self, data: bytes) -> None:
-        wellformed_or_refused(decode_to_site, data, (OpenRun, KeySet, OpenRound, CloseRun))
+        wellformed_or_refused(decode_to_site, data, (OpenRun, KeySet, OpenRound, Survivors, Endorsed, CloseRun))
 
     @settings(max_examples=400, deadline=None)
     @given(mutated(VALID_FROM_SITE))
     def test_mutated_from_a_site(self, data: bytes) -> None:
-        wellformed_or_refused(decode_from_site, data, (Announcement, MaskedUpdate, Refusal))
+        wellformed_or_refused(decode_from_site, data, (Announcement, MaskedUpdate, Endorsement, Reveal, Refusal))
 
     @settings(max_examples=200, deadline=None)
     @given(st.binary(max_size=80))
     def test_noise(self, data: bytes) -> None:
-        wellformed_or_refused(decode_to_site, data, (OpenRun, KeySet, OpenRound, CloseRun))
-        wellformed_or_refused(decode_from_site, data, (Announcement, MaskedUpdate, Refusal))
+        wellformed_or_refused(decode_to_site, data, (OpenRun, KeySet, OpenRound, Survivors, Endorsed, CloseRun))
+        wellformed_or_refused(decode_from_site, data, (Announcement, MaskedUpdate, Endorsement, Reveal, Refusal))
         wellformed_or_refused(lambda raw: codec.decode(raw, np.ndarray), data, (np.ndarray,))
 
     @pytest.mark.parametrize("message", VALID_TO_SITE, ids=lambda message: type(message).__name__)

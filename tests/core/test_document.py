@@ -121,7 +121,12 @@ def full(model: str, target: str) -> dict[str, Any]:
         "model": models[model],
         "preprocessing": {"scale": "range"},
         "training": training,
-        "aggregation": {"protocol": "masking", "dropouts": 0, "bits": 64},
+        "aggregation": {
+            "protocol": "masking",
+            "dropouts": 0,
+            "bits": 64,
+            "compression": {"levels": 6, "rotation": True, "norm": 2.5},
+        },
         "privacy": {"unit": "patient", "epsilon": 1.5, "delta": 1e-6},
     }
     return {key: value for key, value in content.items() if value is not None}

@@ -376,17 +376,14 @@ class Aggregation:
     under one key that all hospitals hold: any hospital can decrypt any update it sees."""
     dropouts: Annotated[int, Field(ge=0, le=_LARGEST)] = 0
     """Sites that may be lost in a round; with more than 0, unmasking takes two more messages of each site."""
-    bits: Annotated[int, Field(ge=1, le=64)] | None = None
+    bits: Literal[25, 32, 50, 64] | None = None
     """Width of the sums: 32 (default) or 64 with masking, 25 (default) or 50 with rlwe, 32 with ckks-single-key. With
-    compression it follows from that, and none is given."""
+    compression it is that of the numbers that are not compressed."""
     compression: Compression | None = None
     """How to compress a network's updates; other studies need every digit."""
 
     def __post_init__(self) -> None:
         widths = _WIDTHS[self.protocol]
-        if self.compression is not None:
-            _require(self.bits is None, "aggregation.bits and compression are both given: the width follows from one")
-            return
         if self.bits is None:
             object.__setattr__(self, "bits", widths[0])
         _require(

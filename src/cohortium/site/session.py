@@ -117,6 +117,8 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
             return _announce(session)
         case KeySet() if session.announced is not None and session.member is None:
             return _agree(session, event)
+        case KeySet() if session.member is not None:
+            raise Repeated("a second key set was refused")
         case OpenRound() if session.member is not None and session.waiting is None:
             return _open_round(session, event)
         case Survivors() | Endorsed() if session.member is not None:
