@@ -28,8 +28,8 @@ default give the same study. The order of sites and features does not matter eit
 levels does: the first level is the reference, and a binary target's second one is what a model predicts.
 
 Some keys are recorded, hashed and shown, and this version acts on them no further: `version`, `purpose`,
-`cohort.dataset` (a site is given its data file by name) and `privacy.unit`. Every sum needs all sites of the study, so
-`sites.minimum` only asks that the study names as many.
+`cohort.dataset` (a site is given its data file by name) and `privacy.unit`. `sites.minimum`
+only asks that the study names as many sites: how many a round needs follows from `aggregation.dropouts`.
 
 ## The filter
 
@@ -83,7 +83,6 @@ MEANINGS = {
     "Server.learning_rate": "Step size on the mean update; 1 with `sgd` is plain averaging.",
     "Server.beta1": "Decay of the first moment (all but `sgd`).",
     "Server.beta2": "Decay of the second moment (`adam`, `yogi`).",
-    "Aggregation.protocol": "Pairwise masks, the only protocol of this version.",
     "Privacy.epsilon": "Asks for differential privacy. This version has none and refuses the study: leave it out.",
     "Privacy.delta": "As `epsilon`.",
 }

@@ -131,8 +131,10 @@ def _dropouts(plan: Plan) -> str:
 
 def _precision(plan: Plan) -> str:
     compression = plan.study.aggregation.compression
-    exact = f"quantising changes a sum by at most {max(phase.precision for phase in plan.phases):.1g} of its bound"
-    return _compressed(compression) if isinstance(compression, Compression) else exact
+    if compression is not None:
+        return _compressed(compression)
+    largest = max(phase.precision or 0.0 for phase in plan.phases)
+    return f"quantising changes a sum by at most {largest:.1g} of its bound"
 
 
 def _compressed(compression: Compression) -> str:

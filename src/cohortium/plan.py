@@ -40,13 +40,14 @@ _FRAME = 32
 class Phase:
     """What one phase of a run sends: a vector of this layout from each site, in at most `rounds` rounds.
 
-    `precision` is the largest error that quantising may leave in an entry of a site's vector, relative to its bound.
+    `precision` is the largest error that quantising may leave in an entry of a site's vector, relative to its bound;
+    None where updates are compressed.
     """
 
     name: str
     layout: Layout
     rounds: int
-    precision: float
+    precision: float | None
 
     @property
     def values(self) -> int:
@@ -257,7 +258,7 @@ def _phases(
 
 def _phase(study: Study, identity: str, name: str, layout: Layout, rounds: int) -> Phase:
     stage = _quantiser(study, identity, layout)
-    return Phase(name, layout, rounds, stage.precision)
+    return Phase(name, layout, rounds, stage.precision if isinstance(stage, FixedPoint) else None)
 
 
 def _typical(features: dict[str, Feature]) -> Fitted:
@@ -298,4 +299,10 @@ def _refuse_what_is_not_offered(study: Study) -> None:
             f"aggregation.compression rounds model updates, and model '{study.model.kind}' needs every digit of its "
             "sums: remove it"
         )
+    if study.aggregation.compression is not None and isinstance(study.training, Averaging):
+        if study.training.local.scaffold:
+            raise StudyError(
+                "aggregation.compression has one scale, and SCAFFOLD's control variates have another than its updates: "
+                "set training.local.scaffold: false, or remove compression"
+            )
     tolerance(len(study.sites.include), study.aggregation.dropouts)

@@ -372,13 +372,13 @@ class Aggregation:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     protocol: Literal["masking", "rlwe", "ckks-single-key"] = "masking"
-    """Masks that cancel; threshold homomorphic encryption, whose cost does not grow with the number of sites; or CKKS
-    under one key that all hospitals hold: any hospital can decrypt any update it sees."""
+    """Masks that cancel; threshold homomorphic encryption, whose cost does not grow with the number of sites; or, for
+    compatibility, CKKS under a single key: any hospital can decrypt any update it sees."""
     dropouts: Annotated[int, Field(ge=0, le=_LARGEST)] = 0
     """Sites that may be lost in a round; with more than 0, unmasking takes two more messages of each site."""
     bits: Literal[25, 32, 50, 64] | None = None
-    """Width of the sums: 32 (default) or 64 with masking, 25 (default) or 50 with rlwe, 32 with ckks-single-key. With
-    compression it is that of the numbers that are not compressed."""
+    """Width of the sums: 32 (default) or 64 with masking, 25 (default) or 50 with rlwe, 32 with ckks-single-key.
+    Compression has a width of its own."""
     compression: Compression | None = None
     """How to compress a network's updates; other studies need every digit."""
 

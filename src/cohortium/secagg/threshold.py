@@ -70,8 +70,7 @@ class Threshold:
     def answer(self, me: str, survivors: tuple[str, ...], shares: Mapping[str, Words], total: Payload) -> Words:
         """Returns this site's share of the sum of the survivors' keys, shape `(1, 4096)`."""
         summed = np.sum([shares[site] for site in survivors], axis=0, dtype=np.int64)
-        share: Words = (summed % PRIME).astype(np.uint16)
-        return share
+        return np.asarray(summed % PRIME, np.uint16)
 
     def open(
         self, context: bytes, total: Payload, survivors: tuple[str, ...], answers: Mapping[str, NDArray[np.uint16]]
