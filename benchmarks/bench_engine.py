@@ -23,7 +23,8 @@ from cohortium.plan import Phase, compile_study
 from machine import processor
 
 SITES, VALUES, ROUNDS, REPEATS = 15, 100, 200, 5
-PHASES = (Phase("nothing", VALUES, ROUNDS, 0.0),)
+LAYOUT = (Block("values", (VALUES,), 1000.0),)
+PHASES = (Phase("nothing", LAYOUT, ROUNDS, 0.0),)
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 
@@ -52,7 +53,7 @@ class Nothing:
         pass
 
     def layout(self, broadcast: Counter) -> tuple[Block, ...]:
-        return (Block("values", (VALUES,), 1000.0),)
+        return LAYOUT
 
     def local(self, broadcast: Counter, table: Any, memory: Any, randomness: Any) -> Any:
         return {"values": self.values}, memory
@@ -84,10 +85,9 @@ def main() -> None:
     plan = replace(compile_study(study), phases=PHASES, algorithm=Nothing(np.linspace(-1, 1, VALUES)))
     medians = []
     for repeat in range(REPEATS):
-        agents = bootstrap.simulated_agents(
-            plan, dict.fromkeys(names, frame), Randomness.of_seed(repeat), lambda _: plan
-        )
-        result = local.run(plan, agents, f"run-{repeat}", time.perf_counter)
+        root = Randomness.of_seed(repeat)
+        agents = bootstrap.simulated_agents(plan, dict.fromkeys(names, frame), root, lambda _: plan)
+        result = local.run(plan, agents, f"run-{repeat}", time.perf_counter, bootstrap.coordinator_key(root))
         medians.append(statistics.median(record.seconds for record in result.rounds) * 1000)
     figure = statistics.median(medians)
     RESULTS.parent.mkdir(exist_ok=True)

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from sklearn.model_selection import train_test_split
 
-from cohortium.bootstrap import simulated_agents
+from cohortium.bootstrap import coordinator_key, simulated_agents
 from cohortium.core.layout import Floats
 from cohortium.core.random import Randomness
 from cohortium.core.study import (
@@ -201,8 +201,9 @@ def train(subject: FedAvg, tables: Sequence[Table], seed: int) -> NetworkFit:
         name: pd.DataFrame({**table.columns, "num": table.target, "patient": np.arange(table.rows)})
         for name, table in zip(HOSPITALS, tables, strict=True)
     }
-    agents = simulated_agents(plan, frames, Randomness.of_seed(seed), lambda _: plan)
-    fit = local.run(plan, agents, f"seed-{seed}", time.perf_counter).model.fit
+    root = Randomness.of_seed(seed)
+    agents = simulated_agents(plan, frames, root, lambda _: plan)
+    fit = local.run(plan, agents, f"seed-{seed}", time.perf_counter, coordinator_key(root)).model.fit
     assert isinstance(fit, NetworkFit)
     return fit
 

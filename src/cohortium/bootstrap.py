@@ -113,7 +113,16 @@ def simulate(
 
     tap = keep_one if keep_sample else None
     result = local.run(
-        plan, agents, _run_name(root), time.perf_counter, coordinator_key(root), means[1], tap, progress, faults
+        plan,
+        agents,
+        _run_name(root),
+        time.perf_counter,
+        coordinator_key(root),
+        means[1],
+        tap,
+        progress,
+        faults,
+        machine.threads("sites"),
     )
     patients = {name: agent.table.rows for name, agent in agents.items()}
     sample = local.sample(plan, masked[0], agents[first].table) if masked else None
@@ -221,13 +230,13 @@ def source_of(data: Any) -> DataSource:
 
 def _means(plan: Plan) -> tuple[Means, Means]:
     """Returns what this machine brings to a sum, at a site and at the coordinator."""
-    here = machine.means()
+    site, coordinator = machine.shared_means(), machine.means()
     if plan.study.aggregation.protocol != "ckks-single-key":
-        return here, here
+        return site, coordinator
     from cohortium.secagg.ckks import make_keys
 
     secret, public = make_keys()
-    return replace(here, ckks=secret), replace(here, ckks=public)
+    return replace(site, ckks=secret), replace(coordinator, ckks=public)
 
 
 def _report(result: Result, comparison: tuple[Comparison, ...]) -> bytes:

@@ -299,10 +299,10 @@ def _refuse_what_is_not_offered(study: Study) -> None:
             f"aggregation.compression rounds model updates, and model '{study.model.kind}' needs every digit of its "
             "sums: remove it"
         )
-    if study.aggregation.compression is not None and isinstance(study.training, Averaging):
-        if study.training.local.scaffold:
-            raise StudyError(
-                "aggregation.compression has one scale, and SCAFFOLD's control variates have another than its updates: "
-                "set training.local.scaffold: false, or remove compression"
-            )
+    scaffold = isinstance(study.training, Averaging) and study.training.local.scaffold
+    if study.aggregation.compression is not None and scaffold:
+        raise StudyError(
+            "aggregation.compression has one scale, and SCAFFOLD's control variates have another than its updates: set "
+            "training.local.scaffold: false, or remove compression"
+        )
     tolerance(len(study.sites.include), study.aggregation.dropouts)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 
 import numpy as np
 
@@ -15,15 +16,33 @@ _PROBE = 1 << 20
 _REPEATS = 3
 
 
+def cores() -> int:
+    """Returns how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def threads(work: str) -> ThreadPoolExecutor | None:
+    """Returns the pool for one kind of work, a thread for each processor, or None if there is just one.
+
+    Work that waits for other work must not share a pool with it.
+    """
+    return ThreadPoolExecutor(cores(), work) if cores() > 1 else None
+
+
 @cache
 def means() -> Means:
     """Returns how this machine expands streams fastest, measured once in a process."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads == 1:
-        return Means(faster_mode())
-    return Means(faster_mode(), _on_threads(ThreadPoolExecutor(threads, "mask")), threads)
+    pool = threads("streams")
+    return Means(faster_mode()) if pool is None else Means(faster_mode(), _on(pool), cores())
 
 
+def shared_means() -> Means:
+    """Returns the means of one of several sites that share this process: its threads serve them in turn."""
+    return Means(faster_mode(), training=Lock())
+
+
+@cache
 def faster_mode(clock: Callable[[], float] = time.perf_counter) -> Mode:
     """Returns the cipher mode whose best time over a few repeats is the shortest."""
     vector = np.zeros(_PROBE // 4, np.uint32)
@@ -38,7 +57,7 @@ def faster_mode(clock: Callable[[], float] = time.perf_counter) -> Mode:
     return min(modes, key=times.__getitem__)
 
 
-def _on_threads(pool: ThreadPoolExecutor) -> Callable[[Sequence[Task]], None]:
+def _on(pool: ThreadPoolExecutor) -> Callable[[Sequence[Task]], None]:
     def spread(tasks: Sequence[Task]) -> None:
         for future in [pool.submit(task) for task in tasks]:
             future.result()

@@ -75,6 +75,8 @@ def pack(layout: Layout, statistics: Statistics) -> Floats:
         if array.shape != block.shape or block.name not in statistics:
             raise ProtocolError(f"statistic '{block.name}' has shape {array.shape}, its layout says {block.shape}")
         parts.append(array.ravel())
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.empty(0)
 
 

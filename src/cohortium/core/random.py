@@ -4,6 +4,7 @@ Whoever holds a key can derive everything below it and nothing beside or above i
 root comes from the operating system in production and from an explicit seed in a simulation.
 """
 
+import hmac
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +36,8 @@ class Randomness:
     def child(self, *labels: str | int) -> "Randomness":
         """Returns the key at the path `labels` below this one; different paths give independent keys."""
         path = framed(b"child", *(_encoded(label) for label in labels))
-        return Randomness(HKDFExpand(hashes.SHA256(), 32, path).derive(self.key))
+        # HKDF-Expand of one block, a tenth of the call's cost
+        return Randomness(hmac.digest(self.key, path + b"\x01", "sha256"))
 
     def bytes(self, count: int) -> bytes:
         """Returns `count` bytes, the same ones each time; at most 8,160."""

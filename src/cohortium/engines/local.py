@@ -1,7 +1,8 @@
 """The local engine: coordinator and sites in one process, over the same messages as bytes that a network carries."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -34,6 +35,8 @@ Tap = Callable[[FromSite], None]
 """Sees what the coordinator sees: every message of a site."""
 Faults = Callable[[str, ToSite | FromSite], bool]
 """Whether a message to or from a site is lost on its way; a simulation's own choice."""
+_LONG = 50_000
+"""Numbers from which several sites work at a time; for fewer, handing out work costs more than the work."""
 _SAMPLED = 4096
 """Entries of a vector that are kept to show what masking does."""
 Progress = Callable[[RoundClosed], None]
@@ -48,35 +51,48 @@ class _Wire:
     clock: Callable[[], float]
     tap: Tap | None
     faults: Faults | None
+    pool: Executor | None
     started: float
     up: int = 0
     down: int = 0
 
-    def carry(self, message: ToSite, sites: Iterable[str]) -> list[Effect]:
-        """Brings a message to some sites and the answers back; returns what the coordinator then wants done."""
-        data = codec.encode(message)
+    def carry(self, messages: Mapping[str, ToSite]) -> list[Effect]:
+        """Brings sites their messages and the answers back; returns what the coordinator then wants done."""
         wanted: list[Effect] = []
         limit = inbound_limit(self.state)
-        for site in sites:
-            if self.state.phase == "over" and not isinstance(message, CloseRun):
-                break  # too few are left: nothing more is asked of the others
-            self.down += len(data)
-            replies = []
-            if not self._lost(site, message):
-                answers = self.agents[site].receive(data)
-                self.up += sum(map(len, answers))
-                replies = [decode_from_site(answer, limit) for answer in answers]
+        for site, answers in self._answers(messages):
+            replies = [decode_from_site(answer, limit) for answer in answers]
             heard = [reply for reply in replies if not self._lost(site, reply)]
             for reply in heard:
+                if self.state.phase == "over":
+                    break  # too few are left
                 if self.tap:
                     self.tap(reply)
                 self.state, effects = step(self.state, site, reply)
                 wanted += effects
             # whoever has not answered at once never will
-            if not heard and not isinstance(message, KeySet | CloseRun):
+            if not heard and not isinstance(messages[site], KeySet | CloseRun):
                 self.state, effects = lost(self.state, site)
                 wanted += effects
         return wanted
+
+    def _answers(self, messages: Mapping[str, ToSite]) -> Iterator[tuple[str, list[bytes]]]:
+        """Yields each site's answers, in order; several sites work at a time where vectors are long."""
+        encoded: dict[int, bytes] = {}
+        for message in messages.values():
+            if id(message) not in encoded:
+                encoded[id(message)] = codec.encode(message)
+        arrives = {site: not self._lost(site, message) for site, message in messages.items()}
+
+        def ask(site: str) -> list[bytes]:
+            return self.agents[site].receive(encoded[id(messages[site])]) if arrives[site] else []
+
+        together = self.pool is not None and size(self.state.layout) >= _LONG
+        answered = self.pool.map(ask, messages) if self.pool is not None and together else map(ask, messages)
+        for site, answers in zip(messages, answered, strict=True):
+            self.down += len(encoded[id(messages[site])])
+            self.up += sum(map(len, answers))
+            yield site, answers
 
     def _lost(self, site: str, message: ToSite | FromSite) -> bool:
         return self.faults is not None and self.faults(site, message)
@@ -99,6 +115,7 @@ def run(
     tap: Tap | None = None,
     progress: Progress | None = None,
     faults: Faults | None = None,
+    pool: Executor | None = None,
 ) -> Result:
     """Runs a compiled study over the sites' agents and returns its result.
 
@@ -108,24 +125,24 @@ def run(
         identity: the coordinator's signing key, whose public half the agents pinned.
         means: how this machine removes masks.
         faults: which messages are lost, to see what dropouts do.
+        pool: threads on which several sites work at a time; the result is the same without.
 
     Raises:
         CohortiumError: the run failed; where a site refused, its own full reason, since all sites are in this process.
     """
     state, effects = open_run(plan, name, identity, means)
-    wire = _Wire(state, agents, clock, tap, faults, clock())
+    wire = _Wire(state, agents, clock, tap, faults, pool, clock())
     queue: deque[Effect] = deque(effects)
     records: list[RoundRecord] = []
     setup = 0
     while queue:
         match queue.popleft():
             case Broadcast(message, sites):
-                queue.extend(wire.carry(message, sites))
+                queue.extend(wire.carry(dict.fromkeys(sites, message)))
                 if isinstance(message, KeySet):
                     setup = sum(wire.read()[:2])
             case Send(messages):
-                for site, message in messages.items():
-                    queue.extend(wire.carry(message, [site]))
+                queue.extend(wire.carry(messages))
             case RoundClosed() as closed:
                 up, down, seconds = wire.read()
                 records.append(

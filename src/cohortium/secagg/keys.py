@@ -7,6 +7,7 @@ agreement keys are made for one run, and the root that they come from moves on (
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 import msgspec
@@ -139,6 +140,7 @@ def session_digest(run: str, study_id: str, threshold: int, announcements: Seque
     return blake2b(text, digest_size=32, person=b"cohort session").digest()
 
 
+@lru_cache(maxsize=4)  # sites that share a process share the work, too
 def round_context(session: bytes, number: int, broadcast: bytes) -> bytes:
     """Returns 32 bytes that stand for one round: its session, its number and what the coordinator broadcast."""
     digest = blake2b(session + number.to_bytes(8, "big"), digest_size=32, person=b"cohort round")

@@ -9,6 +9,7 @@ Trust: without its key a stream cannot be told from random bytes. A key is used 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,12 +49,14 @@ class Means:
         spread: runs independent tasks, on threads or in turn.
         tasks: into how many a long vector is cut.
         ckks: the consortium's CKKS key for studies that ask for it: secret at a site, public at the coordinator.
+        training: held while a site trains; a lock where several sites share a process.
     """
 
     mode: Mode = "ctr"
     spread: Spread = in_turn
     tasks: int = 1
     ckks: bytes = field(default=b"", repr=False)
+    training: AbstractContextManager[object] = field(default_factory=nullcontext)
 
 
 PLAIN = Means()

@@ -115,10 +115,8 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
             return _open_run(session, event)
         case Table() if session.plan is not None and session.announced is None:
             return _announce(session)
-        case KeySet() if session.announced is not None and session.member is None:
+        case KeySet() if session.announced is not None:
             return _agree(session, event)
-        case KeySet() if session.member is not None:
-            raise Repeated("a second key set was refused")
         case OpenRound() if session.member is not None and session.waiting is None:
             return _open_round(session, event)
         case Survivors() | Endorsed() if session.member is not None:
@@ -151,6 +149,8 @@ def _announce(session: Session) -> tuple[Session, list[Effect]]:
 
 
 def _agree(session: Session, message: KeySet) -> tuple[Session, list[Effect]]:
+    if session.member is not None:
+        raise Repeated("a second key set was refused")
     assert session.plan is not None and session.private is not None and session.announced is not None
     plan, pinned, entries = session.plan, session.membership.pinned, message.announcements
     unknown = set(plan.sites) - pinned.keys()
@@ -192,7 +192,8 @@ def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Sess
         algorithm.admit(broadcast, before)
         before = broadcast
     layout = algorithm.layout(broadcast)
-    with np.errstate(all="ignore"):  # what overflows becomes infinite, and encoding refuses that
+    # what overflows becomes infinite, and encoding refuses that
+    with session.means.training, np.errstate(all="ignore"):
         statistics, memory = algorithm.local(broadcast, table, session.memory, session.training)
     own = session.randomness.child("round", opened.round)
     encoded = plan.stages(layout).encode(pack(layout, statistics), own)
