@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FLOWER := .venv-flower
 CONSTRAINTS := constraints.txt
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine format clean
+.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine bench-secagg format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,7 +22,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,torch]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,torch,rlwe,ckks]'
 	@touch $@ $(VENV)/.demo
 
 setup: $(VENV)/.test ## everything for development, PyTorch too
@@ -51,7 +52,7 @@ docs: $(VENV)/.test ## regenerate the reference pages and run every code block
 	$(BIN)/python tools/readme_figures.py
 	$(BIN)/python -m pytest tests/docs
 
-bench: bench-engine bench-flamby ## all benchmarks
+bench: bench-engine bench-flamby bench-secagg ## all benchmarks
 
 bench-flamby: $(VENV)/.test ## FLamby's Fed-Heart-Disease, five seeds
 	$(BIN)/python benchmarks/bench_flamby.py
@@ -61,9 +62,19 @@ bench-engine: $(VENV)/.test ## overhead of the local engine
 	$(BIN)/python benchmarks/bench_engine.py
 	$(BIN)/python tools/readme_figures.py
 
+# Flower's packages, apart from ours; without them the bench leaves its figures out
+$(FLOWER)/.done:
+	$(PYTHON) -m venv $(FLOWER)
+	-$(FLOWER)/bin/python -m pip install --quiet 'flwr==1.41.*'
+	@touch $@
+
+bench-secagg: $(VENV)/.test $(FLOWER)/.done ## masking beside Flower's, encryption beside TenSEAL's
+	$(BIN)/python benchmarks/bench_secagg.py --flower-python $(FLOWER)/bin/python
+	$(BIN)/python tools/readme_figures.py
+
 format: $(VENV)/.test ## let ruff rewrite the layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and what tools left
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(FLOWER) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

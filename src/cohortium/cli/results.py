@@ -25,6 +25,10 @@ def show_outcome(output: Output, result: Result, comparison: tuple[Comparison, .
         f"{rounds} round{'' if rounds == 1 else 's'} in {sum(r.seconds for r in result.rounds):.2f} s; "
         f"each site sent {up // sites:,} bytes and received {down // sites:,}"
     )
+    for record in result.rounds:
+        lost = sorted(set(result.study.sites.include) - set(record.survivors))
+        if lost:
+            output.say(f"Round {record.number} is the sum without {', '.join(lost)}")
 
 
 def show_model(output: Output, model: GlobalModel) -> None:

@@ -14,8 +14,10 @@ from cohortium.cli.output import Json, Output, Quiet
 from cohortium.cli.results import show_outcome
 from cohortium.coordinator.result import as_json
 from cohortium.core.document import document, json_schema
-from cohortium.core.errors import StudyError
+from cohortium.core.errors import StudyError, nearest
+from cohortium.core.messages import MaskedUpdate
 from cohortium.core.study import BinaryTarget, Study
+from cohortium.engines.local import Faults
 from cohortium.guarantees import protection, security
 from cohortium.learning.evaluation import Comparison
 from cohortium.plan import compile_study
@@ -103,12 +105,17 @@ def simulate(
             help="Also compare with each site alone and with pooled rows, by this many held-out folds.", min=0
         ),
     ] = 0,
+    lose: Annotated[
+        list[str] | None,
+        typer.Option(help="Lose a site's answer in a round, as in zurich@3, to see what dropouts do; repeat it."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a study on this machine, through the messages that a network would carry."""
     study = bootstrap.load_study(path)
-    _run(study, _sites(site), seed, out or Path(f"{study.name}-result"), folds, Output(as_json, quiet))
+    faults = _faults(study, lose or [])
+    _run(study, _sites(site), seed, out or Path(f"{study.name}-result"), folds, Output(as_json, quiet), faults)
 
 
 @app.command()
@@ -134,11 +141,19 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-def _run(study: Study, sites: dict[str, Path], seed: int, out: Path, folds: int, output: Output) -> None:
+def _run(
+    study: Study,
+    sites: dict[str, Path],
+    seed: int,
+    out: Path,
+    folds: int,
+    output: Output,
+    faults: Faults | None = None,
+) -> None:
     if folds == 1 or (folds and not isinstance(study.cohort.target, BinaryTarget)):
         raise StudyError(f"--folds {folds}: give 2 or more, and a study with a binary target")
     with output.bar(f"{study.name}: rounds") as bar:
-        result = bootstrap.simulate(study, sites, seed=seed, progress=bar.closed)
+        result = bootstrap.simulate(study, sites, seed=seed, progress=bar.closed, faults=faults)
     comparison = compared(study, sites, seed, folds, output) if folds else ()
     written = bootstrap.write_result(result, out, comparison)
     show_outcome(output, result, comparison)
@@ -152,6 +167,20 @@ def compared(study: Study, sites: Mapping[str, Path], seed: int, folds: int, out
         return bootstrap.compare(
             study, sites, seed=seed, folds=folds, progress=lambda done: bar.step(done, folds, f"fold {done} of {folds}")
         )
+
+
+def _faults(study: Study, losses: list[str]) -> Faults | None:
+    lost: set[tuple[str, int]] = set()
+    for loss in losses:
+        site, separator, number = loss.rpartition("@")
+        if not separator or not number.isdecimal() or int(number) < 1:
+            raise StudyError(f"--lose {loss}: write SITE@ROUND, as in --lose zurich@3")
+        if site not in study.sites.include:
+            raise StudyError(f"--lose {loss}: '{site}' is no site of the study{nearest(site, study.sites.include)}")
+        lost.add((site, int(number)))
+    if not lost:
+        return None
+    return lambda site, message: isinstance(message, MaskedUpdate) and (site, message.round) in lost
 
 
 def _sites(assignments: list[str]) -> dict[str, Path]:

@@ -258,10 +258,10 @@ class Tally(msgspec.Struct, frozen=True):
         if len(chosen) < group.threshold:
             raise ProtocolError(f"{len(chosen)} sites contributed and it takes {group.threshold}: the sum stays closed")
         signature = sign(identity, _PURPOSE, *_signed_parts(self.context, chosen))
+        dealt = {site: dict(zip(group.peers(site), self.sealed[site], strict=False)) for site in chosen}
         messages = {}
         for site in chosen:
-            senders = [sender for sender in chosen if sender != site] if any(self.sealed.values()) else []
-            sealed = tuple(self.sealed[sender][group.peers(sender).index(site)] for sender in senders)
+            sealed = tuple(dealt[sender][site] for sender in chosen if sender != site and dealt[sender])
             messages[site] = Survivors(self.run, self.number, chosen, signature, sealed)
         return replace(self, survivors=chosen, sealed={}), messages
 
@@ -287,11 +287,14 @@ class Tally(msgspec.Struct, frozen=True):
                 f"{len(self.tags)} sites endorsed, and it takes {self.scheme.group.threshold}: the sum stays closed"
             )
         total = self.total if self.scheme.decrypted_by_sites and self.total is not None else NO_TOTAL
+        meant = {
+            site: dict(zip((peer for peer in self.survivors if peer != site), tags, strict=True))
+            for site, tags in self.tags.items()
+        }
         messages = {}
         for site in self.tags:
             others = tuple(peer for peer in self.survivors if peer in self.tags and peer != site)
-            places = {peer: [other for other in self.survivors if other != peer].index(site) for peer in others}
-            tags = tuple(self.tags[peer][places[peer]] for peer in others)
+            tags = tuple(meant[peer][site] for peer in others)
             messages[site] = Endorsed(self.run, self.number, others, tags, total)
         return messages
 

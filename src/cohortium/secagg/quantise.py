@@ -27,6 +27,7 @@ from cohortium.core.stage import DpEvent
 
 Residues = NDArray[np.unsignedinteger[Any]]
 
+_WIDER = {25: " or set aggregation.bits: 50", 32: " or set aggregation.bits: 64"}
 _LARGEST = float(np.finfo(np.float64).max)
 _AT_ONCE = 1 << 14
 """Entries taken at a time, so that they stay in the processor's cache."""
@@ -118,7 +119,7 @@ def _exponent(block: Block, sites: int, bits: int) -> int:
     if not (math.isfinite(block.bound) and 0 < block.bound <= room):
         raise StudyError(
             f"the range proof fails: statistic '{block.name}' may reach {block.bound:.3g} at each of {sites} sites, "
-            f"and their sum could overflow {bits} bits; lower cohort.maximum or set aggregation.bits: 64"
+            f"and their sum could overflow {bits} bits; lower cohort.maximum{_WIDER.get(bits, '')}"
         )
     # exact numbers, since a float rounds 2^63 - 1 up; the largest power of two that goes into their quotient
     quotient = math.floor(room / Fraction(block.bound))
