@@ -24,7 +24,7 @@ from cohortium.learning.glm import Glm
 from cohortium.learning.model import GlobalModel
 from cohortium.learning.preprocess import Encoder, Fitted, Preprocess, middle_and_half
 from cohortium.secagg.compress import Compressed, compressed
-from cohortium.secagg.group import Group, Tolerance, tolerance
+from cohortium.secagg.group import MOST_ENCRYPTING, Group, Tolerance, tolerance
 from cohortium.secagg.masking import Masking
 from cohortium.secagg.quantise import FixedPoint, fixed_point
 from cohortium.secagg.scheme import Scheme
@@ -304,5 +304,10 @@ def _refuse_what_is_not_offered(study: Study) -> None:
         raise StudyError(
             "aggregation.compression has one scale, and SCAFFOLD's control variates have another than its updates: set "
             "training.local.scaffold: false, or remove compression"
+        )
+    if study.aggregation.protocol == "rlwe" and len(study.sites.include) > MOST_ENCRYPTING:
+        raise StudyError(
+            f"protocol 'rlwe' adds up the encryptions of at most {MOST_ENCRYPTING} sites, and the study names "
+            f"{len(study.sites.include)}: set aggregation.protocol: masking"
         )
     tolerance(len(study.sites.include), study.aggregation.dropouts)

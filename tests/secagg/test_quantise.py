@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 
 from cohortium.core.errors import ProtocolError, StudyError
 from cohortium.core.layout import Block
-from cohortium.secagg.quantise import FixedPoint, fixed_point
+from cohortium.secagg.quantise import FixedPoint, fixed_point, residue_kind, signed_kind
 
 SITES = st.integers(3, 50)
-BITS: Any = st.sampled_from([32, 64])
+WIDTHS = (12, 16, 25, 32, 50, 64)
+BITS = st.sampled_from(WIDTHS)
 BOUNDS = st.one_of(st.floats(1e-12, 1e9), st.integers(-30, 29).map(lambda power: 2.0**power))
 
 
-def stage(bound: float, sites: int, bits: Any, excess: Any = "refuse", length: int = 3) -> FixedPoint:
+def kind(bits: int) -> np.dtype[Any]:
+    """Returns the smallest type of 16, 32 or 64 bits that holds a width."""
+    return np.dtype("<u2" if bits <= 16 else "<u4" if bits <= 32 else "<u8")
+
+
+def stage(bound: float, sites: int, bits: int, excess: Any = "refuse", length: int = 3) -> FixedPoint:
     return fixed_point((Block("x", (length,), bound, excess),), sites, bits)
 
 
@@ -31,11 +37,16 @@ class TestRangeProof:
     @example(1.0, 4, 64)  # 2^63 - 1 is no float: its neighbour 2^63 would let four sites wrap
     @example(1.0, 8, 64)
     @example(1.0, 4, 32)
+    @example(1.0, 4, 12)
+    @example(1.0, 4, 16)
+    @example(40.0, 50, 12)
     @example(2.0**29, 3, 32)
+    @example(0.3, 50, 25)
+    @example(2.0**43, 50, 50)
     @example(2.0**30 - 1, 16, 64)
     @example(1e-300, 3, 32)
     @example(5e-324, 3, 64)
-    def test_exact(self, bound: float, sites: int, bits: Any) -> None:
+    def test_exact(self, bound: float, sites: int, bits: int) -> None:
         most = Fraction(2 ** (bits - 1) - 1)
         assume(sites * (Fraction(bound) + Fraction(1, 2)) <= most)
         (exponent,) = stage(bound, sites, bits).exponents
@@ -49,19 +60,25 @@ class TestRangeProof:
     @example(1.0, 32, 64)
     @example(1.0, 4, 32)
     @example(3.0, 5, 64)
-    def test_the_worst_sum_never_wraps(self, bound: float, sites: int, bits: Any) -> None:
+    @example(1.0, 50, 12)
+    @example(7.0, 4, 16)
+    @example(1.0, 4, 50)
+    def test_the_worst_sum_never_wraps(self, bound: float, sites: int, bits: int) -> None:
         assume(sites * (Fraction(bound) + Fraction(1, 2)) <= 2 ** (bits - 1) - 1)
         fixed = stage(bound, sites, bits, length=2)
         residues = fixed.encode(np.array([bound, -bound]))
         one = [signed(int(residue), bits) for residue in residues]
         for entry in one:
             assert abs(sites * entry) <= 2 ** (bits - 1) - 1
-        total = np.array([int(residue) * sites % 2**bits for residue in residues], dtype=residues.dtype)
-        assert fixed.decode(total) == pytest.approx([sites * bound, -sites * bound], rel=1e-6)
+        # a wider type than the width holds whole numbers of its own, as a sum comes out of the secure sum
+        whole = 8 * residues.dtype.itemsize
+        total = np.array([sites * entry % 2**whole for entry in one], dtype=residues.dtype)
+        error = sites / 2 * 2.0 ** -fixed.exponents[0] + 1e-6 * sites * bound
+        assert fixed.decode(total) == pytest.approx([sites * bound, -sites * bound], abs=error)
 
     @settings(max_examples=200, deadline=None)
     @given(SITES, BITS, st.floats(0.2, 5))
-    def test_refused_exactly_where_not_even_whole_numbers_fit(self, sites: int, bits: Any, share: float) -> None:
+    def test_refused_exactly_where_not_even_whole_numbers_fit(self, sites: int, bits: int, share: float) -> None:
         room = Fraction(2 ** (bits - 1) - 1, sites) - Fraction(1, 2)
         bound = float(room) * share
         if Fraction(bound) <= room:
@@ -72,7 +89,7 @@ class TestRangeProof:
 
     @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), 1e300])
     def test_a_bound_that_is_none(self, bound: float) -> None:
-        for bits in (32, 64):
+        for bits in WIDTHS:
             with pytest.raises(StudyError, match="the range proof fails"):
                 stage(bound, 3, bits)
 
@@ -81,6 +98,22 @@ class TestRangeProof:
         a, b, c, d = fixed_point(layout, 3, 32).exponents
         assert (a, b) == (29, 19)
         assert (c, d) == (29, 32)
+
+    @pytest.mark.parametrize("bits", WIDTHS)
+    def test_fifty_sites_of_any_width(self, bits: int) -> None:
+        """The largest bound that passes, by its own definition, and the next number that does not."""
+        largest = Fraction(2 ** (bits - 1) - 1, 50) - Fraction(1, 2)
+        under, over = float(largest), float(largest)
+        while Fraction(under) > largest:
+            under = float(np.nextafter(under, 0.0))
+        while Fraction(over) <= largest:
+            over = float(np.nextafter(over, np.inf))
+        fixed = stage(under, 50, bits, length=1)
+        assert fixed.exponents == (0,)
+        (residue,) = fixed.encode(np.array([under]))
+        assert 50 * int(residue) <= 2 ** (bits - 1) - 1
+        with pytest.raises(StudyError, match=f"their sum could overflow {bits} bits"):
+            stage(over, 50, bits)
 
     def test_says_what_would_help(self) -> None:
         with pytest.raises(StudyError, match=r"overflow 32 bits; lower cohort\.maximum or set aggregation\.bits: 64"):
@@ -107,7 +140,7 @@ class TestSum:
         step = Fraction(1, 1) / Fraction(2) ** fixed.exponents[0]
         for place, found in enumerate(fixed.decode(total).tolist()):
             exact = sum((Fraction(float(vector[place])) for vector in vectors), Fraction(0))
-            rounding = abs(Fraction(found)) * Fraction(1, 2**52) if bits == 64 else 0
+            rounding = abs(Fraction(found)) * Fraction(1, 2**52) if bits >= 54 else 0
             assert abs(Fraction(found) - exact) <= sites * step / 2 + rounding
 
     @settings(max_examples=100, deadline=None)
@@ -119,16 +152,55 @@ class TestSum:
         encoded = [fixed.encode(vector) for vector in vectors]
         for vector, residues in zip(vectors, encoded, strict=True):
             # Python's round, like numpy's, takes a half to the even neighbour
-            assert residues.tolist() == [round(Fraction(float(entry)) * scale) % 2**bits for entry in vector]
+            whole = 8 * residues.dtype.itemsize
+            assert residues.tolist() == [round(Fraction(float(entry)) * scale) % 2**whole for entry in vector]
 
     def test_types_and_shapes(self) -> None:
-        for bits, kind in ((32, np.uint32), (64, np.uint64)):
+        for bits in WIDTHS:
             residues = stage(10.0, 3, bits).encode(np.array([0.0, -10.0, 10.0]))
-            assert residues.dtype == kind
+            assert residues.dtype == kind(bits)
             assert residues.shape == (3,)
             decoded = stage(10.0, 3, bits).decode(residues)
             assert decoded.dtype == np.float64
-            assert decoded == pytest.approx([0.0, -10.0, 10.0], abs=1e-6)
+            # ten times a power of two is whole
+            assert decoded.tolist() == [0.0, -10.0, 10.0]
+
+    def test_the_type_is_the_smallest_that_holds_the_width(self) -> None:
+        for bits in range(1, 65):
+            assert residue_kind(bits) == kind(bits)
+            assert signed_kind(bits) == np.dtype(f"<i{kind(bits).itemsize}")
+            assert bits <= 8 * residue_kind(bits).itemsize
+
+    def test_length(self) -> None:
+        layout = (Block("a", (2, 3), 1.0), Block("b", (), 1000.0), Block("c", (0,), 1.0))
+        assert fixed_point(layout, 3, 32).length == 7
+        assert stage(1.0, 3, 12, length=0).length == 0
+
+    @settings(max_examples=150, deadline=None)
+    @given(federations())
+    def test_precision_is_an_upper_bound_of_each_sites_error(
+        self, federation: tuple[float, int, int, np.ndarray]
+    ) -> None:
+        bound, sites, bits, vectors = federation
+        fixed = stage(bound, sites, bits)
+        for vector in vectors:
+            back = fixed.decode(fixed.encode(vector)).tolist()
+            for found, exact in zip(back, vector.tolist(), strict=True):
+                assert abs(Fraction(found) - Fraction(exact)) <= Fraction(fixed.precision) * Fraction(bound)
+
+    @pytest.mark.parametrize("bits", WIDTHS)
+    def test_precision_is_not_far_from_the_largest_error(self, bits: int) -> None:
+        """Half a step is met by what lies between two whole numbers."""
+        fixed = stage(10.0, 3, bits)
+        step = 2.0 ** -fixed.exponents[0]
+        worst = abs(fixed.decode(fixed.encode(np.array([1.5 * step, 0.0, 0.0])))[0] - 1.5 * step) / 10.0
+        assert worst <= fixed.precision <= worst + 2.0**-50
+
+    def test_precision_is_that_of_the_coarsest_block(self) -> None:
+        layout = (Block("fine", (2,), 1.0), Block("coarse", (2,), 600.0))
+        fine, coarse = (fixed_point((block,), 3, 12).precision for block in layout)
+        assert fine != coarse
+        assert fixed_point(layout, 3, 12).precision == max(fine, coarse)
 
     def test_nothing_given_is_changed(self) -> None:
         fixed, vector = stage(10.0, 3, 32), np.array([1.0, -10.0 * (1 + 1e-12), 3.3])
@@ -171,7 +243,7 @@ class TestRefusals:
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.floats(-1e300, 1e300), min_size=3, max_size=3), BITS)
-    def test_clip_blocks_send_the_bound(self, values: list[float], bits: Any) -> None:
+    def test_clip_blocks_send_the_bound(self, values: list[float], bits: int) -> None:
         fixed = stage(2.5, 3, bits, "clip")
         clipped = [min(2.5, max(-2.5, value)) for value in values]
         assert (fixed.encode(np.array(values)) == fixed.encode(np.array(clipped))).all()

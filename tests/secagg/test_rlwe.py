@@ -18,12 +18,12 @@ from scipy import stats
 from cohortium.core.errors import ProtocolError, StudyError
 from cohortium.core.random import Randomness
 from cohortium.secagg import ring, rlwe
+from cohortium.secagg.group import MOST_ENCRYPTING
 from cohortium.secagg.quantise import residue_kind, signed_kind
 from cohortium.secagg.rlwe import (
     DELTA,
     LARGEST,
     LARGEST_NOISE,
-    MOST_SITES,
     RING,
     add,
     ciphertext_shape,
@@ -301,8 +301,8 @@ def tail(sites: int, limit: int) -> Fraction:
 def test_the_noise_of_fifty_sites_stays_below_half_of_delta() -> None:
     assert DELTA == 1023 and LARGEST_NOISE < DELTA // 2
     # the figures of decision 0012
-    assert Fraction(1, 2**82) < tail(MOST_SITES, LARGEST_NOISE + 1) < Fraction(1, 2**81)
-    assert Fraction(1, 2**87) < tail(MOST_SITES, DELTA // 2 + 1) < Fraction(1, 2**86)
+    assert Fraction(1, 2**82) < tail(MOST_ENCRYPTING, LARGEST_NOISE + 1) < Fraction(1, 2**81)
+    assert Fraction(1, 2**87) < tail(MOST_ENCRYPTING, DELTA // 2 + 1) < Fraction(1, 2**86)
     # up to nine sites it cannot happen
     assert tail(9, LARGEST_NOISE + 1) == 0
     assert tail(1, LARGEST) == Fraction(2, 2**64)

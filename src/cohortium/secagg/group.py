@@ -16,6 +16,8 @@ from cohortium.core.errors import StudyError
 
 LEAST_SITES = 3
 """Fewest sites in any sum. With two, each learns the other's vector from it."""
+MOST_ENCRYPTING = 50
+"""Most sites whose encryptions add up before their noise could reach the message (`cohortium.secagg.rlwe`)."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from cohortium.core.errors import ProtocolError, StudyError
 from cohortium.core.random import Randomness
+from cohortium.secagg.group import MOST_ENCRYPTING
 from cohortium.secagg.quantise import Residues, residue_kind, signed_kind
 from cohortium.secagg.ring import MODULUS, WORDS, Words, add_in_place, compiled, factor, mask, reduced, unmask
 from cohortium.secagg.ring import RING as RING
@@ -39,8 +40,6 @@ MESSAGE_BITS = 50
 """Signed bits of a coefficient's message, the sum over all sites included."""
 DELTA = MODULUS >> MESSAGE_BITS
 """What a message is multiplied by: 1023."""
-MOST_SITES = 50
-"""The failure probability is worked out for this many."""
 LARGEST = 52
 """The largest magnitude of an entry of a secret or an error."""
 LARGEST_NOISE = 496
@@ -143,8 +142,8 @@ def decrypt(
     _check(total)
     if summed_secret.shape != (RING,) or summed_secret.dtype.kind != "i":
         raise ProtocolError(f"decryption was refused: a summed secret is {RING} whole numbers")
-    if not _within(summed_secret, MOST_SITES * LARGEST):
-        raise ProtocolError(f"decryption was refused: {MOST_SITES} secrets do not add up to that")
+    if not _within(summed_secret, MOST_ENCRYPTING * LARGEST):
+        raise ProtocolError(f"decryption was refused: {MOST_ENCRYPTING} secrets do not add up to that")
     ready, public = factor(summed_secret.astype(np.int64)), _public(context)
     values, message = np.empty(length, signed_kind(bits)), np.empty((_BLOCK, RING), np.int64)
     for start in range(0, len(total), _BLOCK):

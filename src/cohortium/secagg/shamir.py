@@ -40,7 +40,7 @@ def share(secret: Words, holders: int, threshold: int, randomness: Randomness, p
     if not 1 <= threshold <= holders < prime:
         raise ValueError(f"{threshold} of {holders} shares do not make a scheme modulo {prime}")
     flat = secret.reshape(1, -1)
-    rest = _uniform((threshold - 1) * flat.shape[1], randomness, prime).reshape(threshold - 1, -1)
+    rest = _uniform((threshold - 1) * flat.shape[1], randomness, prime).reshape(threshold - 1, flat.shape[1])
     places = _powers(np.arange(1, holders + 1), threshold, prime)
     return _product(places, np.concatenate([flat, rest]), prime).reshape(holders, *secret.shape)
 
@@ -74,7 +74,9 @@ def to_words(secrets: Sequence[bytes]) -> Words:
 def from_words(words: Words) -> list[bytes]:
     """Returns what `to_words` was given."""
     bits = (words.reshape(-1, SECRET_WORDS, 1) >> np.arange(_DIGIT - 1, -1, -1)) & 1
-    return [row.tobytes() for row in np.packbits(bits.reshape(len(bits), -1)[:, : 8 * SECRET_BYTES], axis=1)]
+    return [
+        row.tobytes() for row in np.packbits(bits.reshape(-1, SECRET_WORDS * _DIGIT)[:, : 8 * SECRET_BYTES], axis=1)
+    ]
 
 
 def _uniform(count: int, randomness: Randomness, prime: int) -> Words:

@@ -64,7 +64,7 @@ PLAIN = Means()
 
 
 def keystream(key: bytes, length: int, segment: int = 0) -> bytes:
-    """Returns the first `length` bytes, at most 1 MiB, of a segment of a key's stream."""
+    """Returns the first `length` bytes of a segment of a key's stream; beyond 1 MiB its counter goes on."""
     if length <= _AT_ONCE:
         return AESGCM(key).encrypt(segment.to_bytes(12, "big"), _ZEROS[:length], None)[:length]
     expanded: bytes = _encryptor(key, segment, "ctr").update(bytes(length))
