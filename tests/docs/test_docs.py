@@ -22,6 +22,7 @@ import pytest
 
 import cohortium
 from cohortium import core
+from cohortium.secagg.group import Tolerance, tolerance
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "cohortium"
@@ -120,6 +121,23 @@ def test_glossary_has_a_line_for_every_word() -> None:
     words = {word for head in heads for word in re.findall(r"\*\*(.+?)\*\*|`(.+?)`", head) for word in word if word}
     assert set(cohortium.__all__) | set(core_classes()) <= words
     assert len(heads) == len(set(heads))
+
+
+def test_the_threat_model_states_the_bounds_that_the_code_keeps() -> None:
+    page = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 6
+    for row in rows:
+        sites, dropouts, threshold, curious, malicious = map(int, row)
+        assert tolerance(sites, dropouts) == Tolerance(sites, threshold, curious, malicious)
+
+
+def test_tests_that_pages_name_exist() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        for path, names in re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", page.read_text(encoding="utf-8")):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            for name in names.split("::"):
+                assert re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE), f"{page.name}: {path}::{name}"
 
 
 def test_every_decision_is_listed() -> None:

@@ -74,9 +74,8 @@ def to_words(secrets: Sequence[bytes]) -> Words:
 def from_words(words: Words) -> list[bytes]:
     """Returns what `to_words` was given."""
     bits = (words.reshape(-1, SECRET_WORDS, 1) >> np.arange(_DIGIT - 1, -1, -1)) & 1
-    return [
-        row.tobytes() for row in np.packbits(bits.reshape(-1, SECRET_WORDS * _DIGIT)[:, : 8 * SECRET_BYTES], axis=1)
-    ]
+    rows = bits.reshape(-1, SECRET_WORDS * _DIGIT)[:, : 8 * SECRET_BYTES]
+    return [row.tobytes() for row in np.packbits(rows, axis=1)]
 
 
 def _uniform(count: int, randomness: Randomness, prime: int) -> Words:
