@@ -124,7 +124,8 @@ def simulate(
         faults,
         machine.threads("sites"),
     )
-    patients = {name: agent.table.rows for name, agent in agents.items()}
+    took_part = {site for record in result.rounds for site in record.survivors}
+    patients = {name: agents[name].table.rows for name in plan.sites if name in took_part}
     sample = local.sample(plan, masked[0], agents[first].table) if masked else None
     return replace(result, simulated=Simulated(seed=seed, patients=patients, sample=sample))
 

@@ -978,7 +978,10 @@ class TestSimulate:
 def test_a_site_of_the_study_that_is_not_in_its_own_membership_refuses() -> None:
     source = agents_of(PLAN)["zurich"]
     stranger = Agent(
-        Membership("rome", source.membership.identity, {}, bytes(32)), source.source, source.approved, Randomness.of_seed(0)
+        Membership("rome", source.membership.identity, {}, bytes(32)),
+        source.source,
+        source.approved,
+        Randomness.of_seed(0),
     )
     (said,) = answer(stranger, opening())
     assert isinstance(said, Refusal)

@@ -48,6 +48,8 @@ _SINGULAR = 1e-7
 """Least eigenvalue of a Hessian scaled to a unit diagonal; below it the features repeat one another."""
 _OVERSHOOT = 0.5
 """A step is halved while the slope along it turns and stays steeper than this share of the slope at its start."""
+_MOST_HALVINGS = 12
+"""After so many the slope at the start must have been taken over other patients, equal in number."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class GlmState:
     hessian: Floats | None = None
     direction: Floats | None = None
     length: float = 1.0
+    halvings: int = 0
     decrement: float = float("inf")
     loss: float = float("nan")
     rows: float = 0.0
@@ -233,11 +236,13 @@ class Glm:
         hessian = _symmetric(total["hessian"], self._size)
         loss = float(total["loss"])
         rounds = state.rounds + 1
-        if state.direction is not None and self._overshot(state, gradient):
+        # slopes compare only over the same patients: after a site was lost or came back, the trial is a new start
+        if state.direction is not None and rows == state.rows and self._overshot(state, gradient):
             length = state.length / 2
             assert state.accepted is not None
             trial = state.accepted + length * state.direction
-            return self._within_rounds(replace(state, trial=trial, length=length, rounds=rounds))
+            halvings = state.halvings + 1
+            return self._within_rounds(replace(state, trial=trial, length=length, halvings=halvings, rounds=rounds))
         if hessian[0, 0] < _SEPARATED * rows:
             raise ConvergenceError(f"the features separate the outcomes perfectly: {_REMEDY}")
         direction = _newton_step(hessian + np.diag(ridge), gradient)
@@ -311,6 +316,8 @@ class Glm:
 
     def _overshot(self, state: GlmState, gradient: Floats) -> bool:
         assert state.gradient is not None and state.direction is not None
+        if state.halvings == _MOST_HALVINGS:
+            return False
         start, here = float(state.gradient @ state.direction), float(gradient @ state.direction)
         return here > -_OVERSHOOT * start
 

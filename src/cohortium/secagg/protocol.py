@@ -175,9 +175,11 @@ class Member(msgspec.Struct, frozen=True):
         return Reveal(self.run, self.me, message.round, answer), replace(self, rounds=rounds)
 
     def _pending(self, number: int) -> Pending:
-        if number not in self.rounds:
-            raise ProtocolError(f"round {number} was refused: this site has nothing open in it")
-        return self.rounds[number]
+        if number in self.rounds:
+            return self.rounds[number]
+        if number <= self.last_round:
+            raise Repeated(f"round {number} is over at this site")
+        raise ProtocolError(f"round {number} was refused: this site has nothing open in it")
 
     def _dealt(
         self, scheme: Scheme, seeds: Mapping[str, bytes], context: bytes, secret: Words, randomness: Randomness
@@ -239,7 +241,7 @@ class Tally(msgspec.Struct, frozen=True):
         Raises:
             ProtocolError: it is late, comes twice, belongs to another round, or has the wrong shape.
         """
-        self._refuse(message.site, message.round, self.sealed, bool(self.survivors))
+        self._refuse(message, self.sealed, bool(self.survivors))
         rows, columns = self.scheme.secret_shape
         peers = len(self.scheme.group.sites) - 1 if rows else 0
         if len(message.sealed) != peers or any(len(text) != 2 * rows * columns + _TAG for text in message.sealed):
@@ -271,7 +273,7 @@ class Tally(msgspec.Struct, frozen=True):
         Raises:
             ProtocolError: it is early, comes twice, belongs to another round, or is not by a survivor.
         """
-        self._refuse(message.site, message.round, self.tags, message.site not in self.survivors)
+        self._refuse(message, self.tags, message.site not in self.survivors)
         if len(message.tags) != len(self.survivors) - 1:
             raise ProtocolError(f"an endorsement of '{message.site}' was refused: it must hold a tag for each survivor")
         return replace(self, tags={**self.tags, message.site: message.tags})
@@ -304,7 +306,7 @@ class Tally(msgspec.Struct, frozen=True):
         Raises:
             ProtocolError: it is early, comes twice, belongs to another round, or is not by an endorser.
         """
-        self._refuse(message.site, message.round, self.answers, message.site not in self.tags)
+        self._refuse(message, self.answers, message.site not in self.tags)
         return replace(self, answers={**self.answers, message.site: message.answer})
 
     def opened(self) -> Residues:
@@ -319,8 +321,11 @@ class Tally(msgspec.Struct, frozen=True):
             raise ProtocolError(f"{present} sites answered, and it takes {threshold}: the sum stays closed")
         return self.scheme.open(self.context, self.total, self.survivors, self.answers)
 
-    def _refuse(self, site: str, number: int, seen: Mapping[str, object], out_of_turn: bool) -> None:
-        if number != self.number or site not in self.scheme.group.sites:
+    def _refuse(
+        self, message: MaskedUpdate | Endorsement | Reveal, seen: Mapping[str, object], out_of_turn: bool
+    ) -> None:
+        site = message.site
+        if (message.run, message.round) != (self.run, self.number) or site not in self.scheme.group.sites:
             raise ProtocolError(f"a message of '{site}' was refused: it belongs to another round or run")
         if site in seen:
             raise Repeated(f"a message of '{site}' came twice")
