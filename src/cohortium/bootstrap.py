@@ -200,14 +200,18 @@ def simulated_agents(
     root: Randomness,
     compiler: Compiler = compile_study,
     means: Means = PLAIN,
+    runs: int = 1,
 ) -> dict[str, Agent]:
-    """Returns one agent for each site of the study, with identities that follow from `root`."""
+    """Returns one agent for each site of the study, with identities that follow from `root`.
+
+    Each of them serves `runs` runs of the study and nothing else.
+    """
     _require_sites(plan, sites)
     identities = {
         name: Ed25519PrivateKey.from_private_bytes(root.child("identity", name).bytes(32)) for name in plan.sites
     }
     pinned = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
-    approved = frozenset({plan.study_id})
+    approved = {plan.study_id: runs}
     coordinator = coordinator_key(root).public_key().public_bytes_raw()
     return {
         name: Agent(

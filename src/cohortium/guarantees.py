@@ -104,6 +104,13 @@ def _readers(plan: Plan) -> str:
             "single key: any hospital can decrypt any update it sees, and a coordinator that lies gets one decrypted. "
             "A coordinator that follows the protocol reads sums only"
         )
+    # of the threshold's survivors, all colluding but one
+    bare = (
+        f" With {withstands.curious}, a round of its last {withstands.threshold} survivors is a sum over one honest "
+        "hospital, and hides nothing of it."
+        if withstands.curious == withstands.threshold - 1
+        else ""
+    )
     lying = (
         f"or up to {withstands.malicious} if it lies"
         if withstands.malicious < withstands.curious
@@ -112,8 +119,8 @@ def _readers(plan: Plan) -> str:
     return (
         f"nobody. The coordinator together with up to {withstands.curious} of the {withstands.sites} hospitals, "
         f"{lying} to the others, learns only the sum over the remaining survivors (at least two honest), given pinned "
-        "identity keys and signed survivor sets. What a sum reveals is not limited: a lying coordinator chooses the "
-        "coefficients that it is taken at. That a hospital takes part or refuses is not hidden"
+        f"identity keys and signed survivor sets.{bare} What a sum reveals is not limited: a lying coordinator chooses "
+        "the coefficients that it is taken at. That a hospital takes part or refuses is not hidden"
     )
 
 
@@ -124,8 +131,9 @@ def _dropouts(plan: Plan) -> str:
         return f"a round needs all {withstands.sites}: if one is missing it yields nothing"
     return (
         f"up to {lost} of {withstands.sites} may be lost in any round, at any step; below {withstands.threshold} it "
-        "yields nothing. Sums of two rounds that differ by one hospital tell much about that hospital if the model "
-        "hardly moved in between"
+        "yields nothing. Sums over different survivors at the same model differ by one hospital's exact vector: a "
+        "coordinator that lies can ask for them, and an honest run comes near it when the model hardly moves. Only "
+        "dropouts: 0 prevents this, or noise"
     )
 
 

@@ -305,6 +305,11 @@ def _refuse_what_is_not_offered(study: Study) -> None:
             "aggregation.compression has one scale, and SCAFFOLD's control variates have another than its updates: set "
             "training.local.scaffold: false, or remove compression"
         )
+    if study.aggregation.dropouts and scaffold:
+        raise StudyError(
+            "aggregation.dropouts with SCAFFOLD would tell a site's control variate from the sums of two rounds, since "
+            "sites keep theirs whoever survives: set dropouts: 0, or training.local.scaffold: false"
+        )
     if study.aggregation.protocol == "rlwe" and len(study.sites.include) > MOST_ENCRYPTING:
         raise StudyError(
             f"protocol 'rlwe' adds up the encryptions of at most {MOST_ENCRYPTING} sites, and the study names "

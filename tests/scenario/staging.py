@@ -35,7 +35,7 @@ from cohortium.core.signature import sign
 from cohortium.core.study import Aggregation, Penalty, Regression, Study
 from cohortium.plan import Plan, compile_study
 from cohortium.secagg.group import Group
-from cohortium.secagg.keys import round_context, session_digest
+from cohortium.secagg.keys import history, round_context, session_digest
 from cohortium.secagg.protocol import NO_TOTAL, Tally
 from cohortium.site.agent import Agent
 from cohortium.site.cohort import load
@@ -118,7 +118,16 @@ class Consortium:
     @staticmethod
     def of(study: Study, run: str = "run-1", agents: dict[str, Agent] | None = None) -> "Consortium":
         plan = compile_study(study)
-        return Consortium(plan, agents or simulated_agents(plan, KEPT, ROOT), run, learned=plan.algorithm.init())
+        return Consortium(
+            plan, agents or simulated_agents(plan, KEPT, ROOT, runs=99), run, learned=plan.algorithm.init()
+        )
+
+    def heard(self, number: int) -> bytes:
+        """What stands for all broadcasts up to a round."""
+        digest = b""
+        for at in range(1, number + 1):
+            digest = history(digest, self.broadcasts[at])
+        return digest
 
     def say(self, site: str, message: ToSite) -> list[FromSite]:
         return [decode_from_site(data) for data in self.agents[site].receive(codec.encode(message))]
@@ -163,7 +172,7 @@ class Consortium:
         return session_digest(self.run, self.plan.study_id, self.group.threshold, entries)
 
     def context(self, number: int = 1) -> bytes:
-        return round_context(self.session, number, self.broadcasts[number])
+        return round_context(self.session, number, self.heard(number))
 
     def layout(self, number: int = 1) -> Any:
         algorithm = self.plan.algorithm
@@ -231,7 +240,7 @@ class Lane:
     ending: Any = None
 
     def __post_init__(self) -> None:
-        self.state, effects = open_run(self.plan, self.run, COORDINATOR)
+        self.state, effects = open_run(self.plan, self.run, COORDINATOR, self.agents[NAMES[0]].membership.pinned)
         self._take(effects)
 
     def advance(self, unheard: Callable[[str, ToSite], bool] = lambda site, message: False) -> None:

@@ -264,7 +264,7 @@ class TestTooFew:
         assert {message.outcome for site, message in faults.seen if isinstance(message, CloseRun)} == {"failed"}
 
     def test_another_run_of_the_same_agents_has_fresh_keys(self) -> None:
-        agents = simulated_agents(PLAN, KEPT, staging.ROOT)
+        agents = simulated_agents(PLAN, KEPT, staging.ROOT, runs=99)
         said: dict[str, list[Any]] = {"one": [], "two": []}
 
         def go(run: str, faults: Any) -> Any:
@@ -348,9 +348,9 @@ class TestSeveralRuns:
         """One message of each run in turn, each run with a loss of its own."""
         studies = self.studies()
         plans = {run: compile_study(study) for run, study in studies.items()}
-        agents = simulated_agents(PLAN, KEPT, staging.ROOT)
+        agents = simulated_agents(PLAN, KEPT, staging.ROOT, runs=99)
         for agent in agents.values():
-            agent.approved = frozenset(plan.study_id for plan in plans.values())
+            agent.approved = {plan.study_id: 9 for plan in plans.values()}
         lanes = {run: staging.Lane(plan, agents, run) for run, plan in plans.items()}
         out = {"risk": ("zurich", 2), "table": ("budapest", 1), "softer": ("cleveland", 3)}
 
@@ -373,7 +373,7 @@ class TestSeveralRuns:
 
     def test_one_ends_while_another_goes_on(self) -> None:
         """A run within a round of another, which fails and leaves the other as it was."""
-        agents = simulated_agents(PLAN, KEPT, staging.ROOT)
+        agents = simulated_agents(PLAN, KEPT, staging.ROOT, runs=99)
         key = coordinator_key(staging.ROOT)
         inner: list[CohortiumError] = []
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cohortium.adapters import machine
 from cohortium.bootstrap import coordinator_key, example_sites, load_example, simulate, simulated_agents
 from cohortium.core import codec
 from cohortium.core.errors import PolicyRefused, StudyError
@@ -98,7 +99,7 @@ def test_long_rounds_on_several_threads_are_the_same_bytes() -> None:
     plan, seen = compile_study(network(4000, 2, dropouts=1)), []
     for pool in (None, ThreadPoolExecutor(3)):
         root, said = Randomness.of_seed(5), []
-        agents = simulated_agents(plan, example_sites(), root)
+        agents = simulated_agents(plan, example_sites(), root, means=machine.shared_means())
         taps: list[FromSite] = said
         local.run(plan, agents, "run", lambda: 0.0, coordinator_key(root), tap=taps.append, pool=pool)
         seen.append([codec.encode(message) for message in said])

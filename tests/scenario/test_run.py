@@ -87,6 +87,10 @@ class Recording:
     def failure(self) -> Exception | None:
         return self.agent.failure
 
+    @property
+    def membership(self) -> Membership:
+        return self.agent.membership
+
     def receive(self, data: bytes) -> list[bytes]:
         self.heard.append(data)
         return self.agent.receive(data)
@@ -134,7 +138,7 @@ def tapped(study: Study, sites: Mapping[str, Any], seed: int) -> Tapped:
 
 
 def agents_of(plan: Plan, sites: Mapping[str, Any] | None = None, seed: int = 1) -> dict[str, Agent]:
-    return simulated_agents(plan, sites or KEPT, Randomness.of_seed(seed))
+    return simulated_agents(plan, sites or KEPT, Randomness.of_seed(seed), runs=99)
 
 
 # The answer, against statsmodels and scikit-learn on the pooled rows
@@ -310,8 +314,10 @@ class Stage:
 
 
 def start(plan: Plan = PLAN, sites: Mapping[str, Any] | None = None, run: str = RUN) -> Stage:
-    state, effects = open_run(plan, run, coordinator_key(Randomness.of_seed(1)))
-    stage = Stage(state, agents_of(plan, sites), {}, list(effects))
+    agents = agents_of(plan, sites)
+    pinned = agents["zurich"].membership.pinned
+    state, effects = open_run(plan, run, coordinator_key(Randomness.of_seed(1)), pinned)
+    stage = Stage(state, agents, {}, list(effects))
     return ask(stage)
 
 
@@ -619,7 +625,7 @@ class TestSiteRefuses:
     )
     def test_a_study_it_cannot_take_part_in(self, study: bytes, reason: str) -> None:
         agent = agents_of(PLAN)["zurich"]
-        agent.approved = frozenset({study_id_of(study)})
+        agent.approved = {study_id_of(study): 1}
         refuses_for_good(agent, OpenRun(RUN, study), reason)
 
     def test_a_study_that_its_steward_has_not_approved(self) -> None:
@@ -632,7 +638,7 @@ class TestSiteRefuses:
     def test_a_study_with_a_site_that_it_does_not_know(self) -> None:
         plan = compile_study(heart(sites=Sites(include=("cleveland", "rome", "zurich"))))
         agent = agents_of(PLAN)["zurich"]
-        agent.approved = frozenset({plan.study_id})
+        agent.approved = {plan.study_id: 1}
         (mine,) = answer(agent, opening(plan))
         assert isinstance(mine, Announcement)
         others = [
@@ -730,7 +736,7 @@ class TestLyingCoordinator:
     def test_more_rounds_than_the_study_has(self) -> None:
         agent = self.second_phase()
         for number in range(3, 27):
-            assert isinstance(answer(agent, hostile(number, beta=np.full(14, 0.1)))[0], MaskedUpdate)
+            assert isinstance(answer(agent, hostile(number, beta=np.full(14, number / 99)))[0], MaskedUpdate)
         refuses_for_good(agent, hostile(27, beta=np.full(14, 0.1)), "beyond the study's rounds")
 
     def test_skipping_the_first_phase(self) -> None:
@@ -744,6 +750,11 @@ class TestLyingCoordinator:
 
     def test_the_first_phase_twice(self) -> None:
         refuses_for_good(at_round(1).agents["zurich"], first_round(number=2), "takes one round")
+
+    def test_the_same_coefficients_again(self) -> None:
+        agent = self.second_phase()
+        assert isinstance(answer(agent, hostile(3, beta=np.full(14, 0.5)))[0], MaskedUpdate)
+        refuses_for_good(agent, hostile(4, beta=np.full(14, 0.5)), "its coefficients were asked for before")
 
     def test_a_start_elsewhere_than_at_zero(self) -> None:
         asked = hostile(2, beta=np.eye(14)[3])

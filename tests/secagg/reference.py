@@ -677,12 +677,12 @@ def _bad_openings(made: Round, earlier: Round) -> dict[str, Any]:
         "bad_round_not_open": survivors(good, round=18),
     }
     bad_endorsements = {
-        "bad_tag": endorsed(peers, tags=[tags[0], flipped(tags[1]), tags[2]]),
-        "bad_swapped_tags": endorsed(peers, tags=[tags[1], tags[0], tags[2]]),
-        "bad_tag_for_another": endorsed(peers, tags=[made.tag(good, "Cork", "bergen").hex(), *tags[1:]]),
-        "bad_own_tag_returned": endorsed(peers, tags=[made.tag(good, me, "Cork").hex(), *tags[1:]]),
-        "bad_tag_of_another_set": endorsed(peers, tags=[endorsement(seed, endorsed_again, "Cork").hex(), *tags[1:]]),
-        "bad_tag_of_another_round": endorsed(peers, tags=[earlier.tag(good, "Cork", me).hex(), *tags[1:]]),
+        "bad_tag": endorsed(peers[:2], tags=[tags[0], flipped(tags[1])]),
+        "bad_swapped_tags": endorsed(peers[:2], tags=[tags[1], tags[0]]),
+        "bad_tag_for_another": endorsed(peers[:2], tags=[made.tag(good, "Cork", "bergen").hex(), tags[1]]),
+        "bad_own_tag_returned": endorsed(peers[:2], tags=[made.tag(good, me, "Cork").hex(), tags[1]]),
+        "bad_tag_of_another_set": endorsed(peers[:2], tags=[endorsement(seed, endorsed_again, "Cork").hex(), tags[1]]),
+        "bad_tag_of_another_round": endorsed(peers[:2], tags=[earlier.tag(good, "Cork", me).hex(), tags[1]]),
         "bad_missing_tag": endorsed(peers, tags=tags[:-1]),
         "bad_too_few_endorsers": endorsed(peers[:1]),
         "bad_no_endorsers": endorsed([]),

@@ -507,12 +507,18 @@ class SecureSums(RuleBasedStateMachine):
             return
         member = self.casts[run].members[to]
         before = state_of(member)
-        enough = len(message.sites) + 1 >= self.threshold
-        due = genuine and enough and key in self.chosen and key not in self.revealed and number in member.rounds
+        # false tags count for nothing, so a few of them do no harm
+        said = self.spoken[run, number, self.chosen[key]] if key in self.chosen else {}
+        true = scene.answered(to, said, self.chosen[key]) if key in self.chosen else message
+        valid = set(zip(true.sites, true.tags, strict=True)) & set(zip(message.sites, message.tags, strict=False))
+        orderly = list(message.sites) == sorted(set(message.sites)) and len(message.sites) == len(message.tags)
+        named = set(message.sites) <= set(self.chosen.get(key, ())) - {to}
+        enough = len(valid) + 1 >= self.threshold and orderly and named
+        due = enough and key in self.chosen and key not in self.revealed and number in member.rounds
         try:
             reveal, later = member.reveal(message)
         except Repeated:
-            assert key in self.revealed
+            assert key in self.revealed or number not in member.rounds
             assert state_of(member) == before
         except ProtocolError:
             assert not due

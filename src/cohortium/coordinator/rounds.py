@@ -43,8 +43,8 @@ from cohortium.core.messages import (
 from cohortium.learning.descriptive import Summary
 from cohortium.learning.model import GlobalModel
 from cohortium.plan import Plan
+from cohortium.secagg import keys
 from cohortium.secagg.group import Group
-from cohortium.secagg.keys import round_context, session_digest
 from cohortium.secagg.protocol import Tally
 from cohortium.secagg.quantise import Residues
 from cohortium.secagg.stream import PLAIN, Means
@@ -109,15 +109,18 @@ class RunState(msgspec.Struct, frozen=True):
 
     Attributes:
         identity: the coordinator's signing key, whose public half the sites pinned.
+        pinned: each site's Ed25519 public key (32 bytes) by name, from enrolment.
         waiting: the sites whose answer the phase still needs.
         gone: the sites that refused, with their reasons.
         learned: the algorithm's state.
+        history: what stands for all broadcasts so far (`keys.history`).
         missed: for each site that was lost, the broadcasts of the rounds since, oldest first.
     """
 
     plan: Plan
     run: str
     identity: Ed25519PrivateKey
+    pinned: Mapping[str, bytes]
     means: Means
     phase: Phase
     waiting: frozenset[str]
@@ -129,6 +132,7 @@ class RunState(msgspec.Struct, frozen=True):
     number: int = 0
     layout: Layout = ()
     broadcast: bytes = b""
+    history: bytes = b""
     missed: Mapping[str, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
     tally: Tally | None = None
 
@@ -136,14 +140,17 @@ class RunState(msgspec.Struct, frozen=True):
         return f"RunState(run={self.run!r}, phase={self.phase!r}, number={self.number})"
 
 
-def open_run(plan: Plan, run: str, identity: Ed25519PrivateKey, means: Means = PLAIN) -> tuple[RunState, list[Effect]]:
+def open_run(
+    plan: Plan, run: str, identity: Ed25519PrivateKey, pinned: Mapping[str, bytes], means: Means = PLAIN
+) -> tuple[RunState, list[Effect]]:
     """Returns the state and effects at the start of a run named `run`; a name is used once.
 
     Args:
         identity: the coordinator's signing key.
+        pinned: each site's Ed25519 public key (32 bytes) by name.
         means: how this machine removes masks.
     """
-    state = RunState(plan, run, identity, means, "keys", frozenset(plan.sites))
+    state = RunState(plan, run, identity, pinned, means, "keys", frozenset(plan.sites))
     return state, [Broadcast(OpenRun(run, canonical_bytes(plan.study)), plan.sites)]
 
 
@@ -159,7 +166,8 @@ def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, lis
         sender: the site's name as the transport authenticated it.
 
     Raises:
-        ProtocolError: the message is not one that this sender may send now; the state stays as it was.
+        ProtocolError: the message is not one that this sender may send now; the state stays as it was, and still
+            waits for the sender: if nothing better is to come, call `lost`.
     """
     if message.run != state.run or message.site != sender or sender not in state.plan.sites:
         raise ProtocolError(f"a message of '{sender}' was refused: it is for another run or in another site's name")
@@ -167,22 +175,28 @@ def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, lis
         raise ProtocolError("a message was refused: the run is over")
     if sender in state.gone:
         raise ProtocolError(f"a message of '{sender}' was refused: it left the run")
-    if isinstance(message, Refusal):
+    if isinstance(message, Refusal) and not message.round:
         return _left(state, message)
     if sender not in state.waiting:
         raise Repeated(f"a message of '{sender}' was refused: nothing more is expected of it now")
+    return _heard(_accepted(state, message), sender)
+
+
+def _accepted(state: RunState, message: FromSite) -> RunState:
+    tally = state.tally
     match message:
         case Announcement() if state.phase == "keys":
-            state = replace(state, keys={**state.keys, sender: message})
-        case MaskedUpdate() if state.phase == "collect" and state.tally is not None:
-            state = replace(state, tally=state.tally.contribute(message))
-        case Endorsement() if state.phase == "endorse" and state.tally is not None:
-            state = replace(state, tally=state.tally.endorse(message))
-        case Reveal() if state.phase == "reveal" and state.tally is not None:
-            state = replace(state, tally=state.tally.reveal(message))
-        case _:
-            raise ProtocolError(f"a message of '{sender}' was refused: it is out of order")
-    return _heard(state, sender)
+            _check_key(state, message)
+            return replace(state, keys={**state.keys, message.site: message})
+        case MaskedUpdate() if state.phase == "collect" and tally is not None:
+            return replace(state, tally=tally.contribute(message))
+        case Endorsement() if state.phase == "endorse" and tally is not None:
+            return replace(state, tally=tally.endorse(message))
+        case Reveal() if state.phase == "reveal" and tally is not None:
+            return replace(state, tally=tally.reveal(message))
+        case Refusal() if message.round == state.number:
+            return state
+    raise ProtocolError(f"a message of '{message.site}' was refused: it is out of order")
 
 
 def lost(state: RunState, site: str) -> tuple[RunState, list[Effect]]:
@@ -200,10 +214,17 @@ def _left(state: RunState, refusal: Refusal) -> tuple[RunState, list[Effect]]:
     return lost(state, refusal.site)
 
 
+def _check_key(state: RunState, message: Announcement) -> None:
+    """Refuses a key here that every other site would refuse, and with it the whole key set."""
+    others = [entry for site, entry in state.keys.items() if site != message.site]
+    if message.public_key in [entry.public_key for entry in others]:
+        raise ProtocolError(f"the key of site '{message.site}' was refused: another site shows it")
+    keys.check_one(message, state.pinned, state.run, state.plan.study_id)
+
+
 def _too_few(state: RunState, count: int) -> CohortiumError:
     if state.gone:
-        site, reason = list(state.gone.items())[-1]
-        return CohortiumError(f"site '{site}' takes no part: {reason}")
+        return CohortiumError("; ".join(f"site '{site}' takes no part: {why}" for site, why in state.gone.items()))
     return RunFailed(
         f"{count} of {len(state.plan.sites)} sites are left and the study needs {state.plan.tolerance.threshold}: "
         "nothing was opened; start another run when they are back, with fresh keys"
@@ -224,7 +245,7 @@ def _agreed(state: RunState) -> tuple[RunState, list[Effect]]:
     if len(names) < threshold:
         return _over(state, Failed(_too_few(state, len(names))))
     entries = tuple(state.keys[site] for site in names)
-    session = session_digest(state.run, plan.study_id, threshold, entries)
+    session = keys.session_digest(state.run, plan.study_id, threshold, entries)
     state = replace(state, group=Group(names, threshold), session=session, learned=plan.algorithm.init())
     state, effects = _open_round(state)
     return state, [Broadcast(KeySet(state.run, entries), names), *effects]
@@ -235,12 +256,8 @@ def _open_round(state: RunState) -> tuple[RunState, list[Effect]]:
     plan, number = state.plan, state.number + 1
     broadcast = plan.algorithm.broadcast(state.learned)
     layout, data = plan.algorithm.layout(broadcast), codec.encode(broadcast)
-    tally = Tally(
-        state.run,
-        number,
-        plan.scheme(state.group, layout, state.means),
-        round_context(state.session, number, data),
-    )
+    history = keys.history(state.history, data)
+    scheme, context = plan.scheme(state.group, layout, state.means), keys.round_context(state.session, number, history)
     asked = tuple(
         site for site in state.group.sites if site not in state.gone and len(state.missed.get(site, ())) <= MOST_MISSED
     )
@@ -253,7 +270,8 @@ def _open_round(state: RunState) -> tuple[RunState, list[Effect]]:
         number=number,
         layout=layout,
         broadcast=data,
-        tally=tally,
+        history=history,
+        tally=Tally(state.run, number, scheme, context),
         waiting=frozenset(asked),
     )
     return state, [*effects, Send(back)] if back else effects
@@ -271,7 +289,8 @@ def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
     state = replace(state, missed=missed)
     if not tally.scheme.opens:
         return _sum(state, tuple(sorted(present)))
-    tally, messages = tally.close(state.identity)
+    tally, told = tally.close(state.identity)
+    messages = {site: message for site, message in told.items() if site not in state.gone}
     return replace(state, phase="endorse", tally=tally, waiting=frozenset(messages)), [Send(messages)]
 
 

@@ -57,6 +57,10 @@ class Repeated(ProtocolError):
     """A message came again after it was answered; it is not answered twice, and nothing is lost by it."""
 
 
+class RoundRefused(ProtocolError):
+    """A site takes no further part in one round, for what another site may have done; it goes on with the next."""
+
+
 class ConvergenceError(CohortiumError):
     """Training ended without reaching the study's tolerance."""
 

@@ -127,10 +127,14 @@ class Reveal(Message, frozen=True):
 
 
 class Refusal(Message, frozen=True):
-    """A site takes no part. `reason` holds no count and no value; that a site refuses may itself say something."""
+    """A site takes no part in a run, or only in one of its rounds no further.
+
+    `reason` holds no count and no value; that a site refuses may itself say something. `round` is 0 for the whole run.
+    """
 
     site: Name
     reason: Annotated[str, msgspec.Meta(max_length=1000)]
+    round: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
 
 
 class CloseRun(Message, frozen=True):

@@ -22,7 +22,7 @@ from cohortium.coordinator.rounds import (
     step,
 )
 from cohortium.core import codec
-from cohortium.core.errors import RunFailed
+from cohortium.core.errors import ProtocolError, RunFailed
 from cohortium.core.layout import entry_names, pack, size
 from cohortium.core.messages import CloseRun, FromSite, KeySet, MaskedUpdate, ToSite, decode_from_site
 from cohortium.core.random import Randomness
@@ -61,20 +61,28 @@ class _Wire:
         wanted: list[Effect] = []
         limit = inbound_limit(self.state)
         for site, answers in self._answers(messages):
-            replies = [decode_from_site(answer, limit) for answer in answers]
-            heard = [reply for reply in replies if not self._lost(site, reply)]
-            for reply in heard:
-                if self.state.phase == "over":
-                    break  # too few are left
-                if self.tap:
-                    self.tap(reply)
-                self.state, effects = step(self.state, site, reply)
-                wanted += effects
-            # whoever has not answered at once never will
+            heard = self.state.phase == "over"
+            for answer in answers if not heard else []:
+                effects, accepted = self._hear(site, answer, limit)
+                wanted, heard = wanted + effects, heard or accepted
+            # whoever has not answered at once, or not as it should, never will
             if not heard and not isinstance(messages[site], KeySet | CloseRun):
                 self.state, effects = lost(self.state, site)
                 wanted += effects
         return wanted
+
+    def _hear(self, site: str, answer: bytes, limit: int) -> tuple[list[Effect], bool]:
+        """Returns what the coordinator makes of an answer, and whether it accepts it."""
+        try:
+            reply = decode_from_site(answer, limit)
+            if self._lost(site, reply):
+                return [], False
+            if self.tap:
+                self.tap(reply)
+            self.state, effects = step(self.state, site, reply)
+        except ProtocolError:
+            return [], False
+        return effects, True
 
     def _answers(self, messages: Mapping[str, ToSite]) -> Iterator[tuple[str, list[bytes]]]:
         """Yields each site's answers, in order; several sites work at a time where vectors are long."""
@@ -130,7 +138,8 @@ def run(
     Raises:
         CohortiumError: the run failed; where a site refused, its own full reason, since all sites are in this process.
     """
-    state, effects = open_run(plan, name, identity, means)
+    pinned = agents[plan.sites[0]].membership.pinned
+    state, effects = open_run(plan, name, identity, pinned, means)
     wire = _Wire(state, agents, clock, tap, faults, pool, clock())
     queue: deque[Effect] = deque(effects)
     records: list[RoundRecord] = []

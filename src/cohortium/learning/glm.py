@@ -198,6 +198,8 @@ class Glm:
             raise ProtocolError("a broadcast was refused: fitting starts with all coefficients at zero")
         if before is not None and (self.model.kind == "linear" or not beta.any()):
             raise ProtocolError("a broadcast was refused: fitting was started before")
+        if before is not None and (beta == before.beta).all():
+            raise ProtocolError("a broadcast was refused: its coefficients were asked for before")
 
     def layout(self, broadcast: GlmBroadcast) -> Layout:
         law, size, most = family(self.model.kind, self.target), self._size, float(self.maximum)

@@ -86,20 +86,25 @@ class SingleKey:
         if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
             raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
         signed = vector.view(signed_kind(self.bits)).astype(np.float64)
-        keys = _context(self.key)
-        chunks = [signed[start : start + _SLOTS].tolist() for start in range(0, self.length, _SLOTS)]
-        return _carried([tenseal.ckks_vector(keys, chunk).serialize() for chunk in chunks]), _NO_SECRET
+        return self._encrypted(signed), _NO_SECRET
 
     def add(self, total: Payload | None, payload: Payload) -> Payload:
-        added = self._encryptions(payload)
-        if total is None:
-            return payload
-        return _carried([(one + other).serialize() for one, other in zip(self._encryptions(total), added, strict=True)])
+        # a sum begins with zeros, so that the first payload is checked as any other
+        begun = self._encrypted(np.zeros(self.length)) if total is None else total
+        sums = zip(self._encryptions(begun), self._encryptions(payload), strict=True)
+        try:
+            return _carried([(one + other).serialize() for one, other in sums])
+        except (ValueError, RuntimeError):
+            raise ProtocolError("an encrypted vector was refused: it does not add up with the others") from None
 
     def answer(self, me: str, survivors: tuple[str, ...], shares: Mapping[str, Words], total: Payload) -> NDArray[Any]:
         """Returns the decrypted sum, rounded to integers, shape `(length,)`."""
         plain = [number for one in self._encryptions(total) for number in one.decrypt()]
         return self._rounded(np.array(plain))
+
+    def check_answer(self, site: str, answer: NDArray[Any], survivors: tuple[str, ...]) -> None:
+        if answer.shape != (self.length,) or answer.dtype != residue_kind(self.bits):
+            raise ProtocolError(f"the sum that site '{site}' decrypted was refused: it has the wrong shape or type")
 
     def open(
         self, context: bytes, total: Payload, survivors: tuple[str, ...], answers: Mapping[str, NDArray[Any]]
@@ -107,9 +112,12 @@ class SingleKey:
         first, *others = answers.values()
         if any(not np.array_equal(first, other) for other in others):
             raise ProtocolError("the sites decrypted different sums: at least one gave a false one")
-        if first.shape != (self.length,) or first.dtype != residue_kind(self.bits):
-            raise ProtocolError("a decrypted sum was refused: it has the wrong shape or type")
         return first
+
+    def _encrypted(self, plain: NDArray[np.float64]) -> Payload:
+        keys = _context(self.key)
+        chunks = [plain[start : start + _SLOTS].tolist() for start in range(0, self.length, _SLOTS)]
+        return _carried([tenseal.ckks_vector(keys, chunk).serialize() for chunk in chunks])
 
     def _rounded(self, plain: NDArray[np.float64]) -> Residues:
         half = 2.0 ** (self.bits - 1)

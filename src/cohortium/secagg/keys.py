@@ -23,6 +23,8 @@ from cohortium.core.messages import Announcement
 from cohortium.core.signature import framed, sign, verify
 
 _CONTEXT = "cohortium run key v1"
+_ANYBODY = X25519PrivateKey.from_private_bytes(bytes(32))
+"""No secret: with it, whoever holds no key of the run tells keys that give no secret to anybody."""
 _ROUNDS_PER_BLOCK = 16
 """Seeds derived at a time. Each is its own stretch of HKDF output: knowing one tells nothing of the others."""
 
@@ -55,14 +57,23 @@ def check(
     if len({announcement.public_key for announcement in announcements}) != len(announcements):
         raise ProtocolError("the key set was refused: two sites show the same key")
     for announcement in announcements:
-        parts = _signed_parts(run, study_id, announcement.site, announcement.public_key)
-        public = Ed25519PublicKey.from_public_bytes(pinned[announcement.site])
-        try:
-            verify(public, announcement.signature, _CONTEXT, *parts)
-        except InvalidSignature:
-            raise ProtocolError(
-                f"the key set was refused: the key of site '{announcement.site}' is not signed by its pinned identity"
-            ) from None
+        check_one(announcement, pinned, run, study_id)
+
+
+def check_one(announcement: Announcement, pinned: Mapping[str, bytes], run: str, study_id: str) -> None:
+    """Checks that a pinned site announced a usable key for this run and study.
+
+    Raises:
+        ProtocolError: the signature is not that of its identity, or no secret can be agreed on with the key.
+    """
+    parts = _signed_parts(run, study_id, announcement.site, announcement.public_key)
+    try:
+        verify(Ed25519PublicKey.from_public_bytes(pinned[announcement.site]), announcement.signature, _CONTEXT, *parts)
+    except InvalidSignature:
+        raise ProtocolError(
+            f"the key set was refused: the key of site '{announcement.site}' is not signed by its pinned identity"
+        ) from None
+    _exchange(_ANYBODY, announcement)
 
 
 def pair_key(private: X25519PrivateKey, mine: Announcement, peer: Announcement) -> bytes:
@@ -71,10 +82,7 @@ def pair_key(private: X25519PrivateKey, mine: Announcement, peer: Announcement) 
     Raises:
         ProtocolError: the peer's key is malformed or of low order.
     """
-    try:
-        secret = private.exchange(X25519PublicKey.from_public_bytes(peer.public_key))
-    except ValueError:
-        raise ProtocolError(f"the key of site '{peer.site}' is not a valid X25519 key") from None
+    secret = _exchange(private, peer)
     first, second = sorted([mine, peer], key=lambda announcement: announcement.site)
     ends = (first.site.encode(), first.public_key, second.site.encode(), second.public_key)
     info = framed(b"cohortium pair key v1", mine.run.encode(), *ends)
@@ -141,8 +149,13 @@ def session_digest(run: str, study_id: str, threshold: int, announcements: Seque
 
 
 @lru_cache(maxsize=4)  # sites that share a process share the work, too
+def history(before: bytes, broadcast: bytes) -> bytes:
+    """Returns 32 bytes that stand for a broadcast and all before it, given those for all before it (b"" at first)."""
+    return blake2b(broadcast, key=before, digest_size=32, person=b"cohort history").digest()
+
+
 def round_context(session: bytes, number: int, broadcast: bytes) -> bytes:
-    """Returns 32 bytes that stand for one round: its session, its number and what the coordinator broadcast."""
+    """Returns 32 bytes that stand for one round: its session, its number and what was broadcast."""
     digest = blake2b(session + number.to_bytes(8, "big"), digest_size=32, person=b"cohort round")
     digest.update(broadcast)
     return digest.digest()
@@ -151,6 +164,13 @@ def round_context(session: bytes, number: int, broadcast: bytes) -> bytes:
 def purpose_key(seed: bytes, purpose: bytes, context: bytes, *parts: bytes) -> bytes:
     """Returns a 32-byte key for one purpose (at most 16 bytes), from a round's seed: keyed BLAKE2b (RFC 7693)."""
     return blake2b(context + b"".join(parts), key=seed, digest_size=32, person=purpose).digest()
+
+
+def _exchange(private: X25519PrivateKey, peer: Announcement) -> bytes:
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(peer.public_key))
+    except ValueError:
+        raise ProtocolError(f"the key of site '{peer.site}' is not a valid X25519 key") from None
 
 
 def _signed_parts(run: str, study_id: str, site: str, public: bytes) -> tuple[bytes, ...]:

@@ -20,6 +20,7 @@ reveals.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,14 +97,17 @@ class Masking:
         lost = [row for site, row in place.items() if site not in survivors]
         return np.stack([shares[site][[place[site], *lost]] for site in survivors])
 
+    def check_answer(self, site: str, answer: NDArray[Any], survivors: tuple[str, ...]) -> None:
+        lost = len(self.group.sites) - len(survivors)
+        check_shares(site, answer, (len(survivors), 1 + lost, SECRET_WORDS))
+
     def open(
         self, context: bytes, total: Payload, survivors: tuple[str, ...], answers: Mapping[str, NDArray[np.uint16]]
     ) -> Residues:
         residues = total
         if self.opens:
             lost = [site for site in self.group.sites if site not in survivors]
-            shape = (len(survivors), 1 + len(lost), SECRET_WORDS)
-            held = held_shares(self.group, answers, shape)
+            held = by_place(self.group, answers)
             add: list[bytes] = []
             subtract: list[bytes] = []
             for site, row in zip(survivors, reconstruct(held, self.group.threshold), strict=True):
@@ -116,13 +120,12 @@ class Masking:
         return sign_extended(residues, self.bits)
 
 
-def held_shares(group: Group, answers: Mapping[str, Words], shape: tuple[int, ...]) -> dict[int, Words]:
-    """Returns the answers by their sites' places in the group.
+def check_shares(site: str, answer: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raises a `ProtocolError` if an array holds no shares of this shape."""
+    if answer.shape != shape or answer.dtype != np.uint16 or (answer >= PRIME).any():
+        raise ProtocolError(f"the answer of site '{site}' was refused: it holds no shares of this round's secrets")
 
-    Raises:
-        ProtocolError: one has another shape or type, or is no share.
-    """
-    for site, answer in answers.items():
-        if answer.shape != shape or answer.dtype != np.uint16 or (answer >= PRIME).any():
-            raise ProtocolError(f"the answer of site '{site}' was refused: it holds no shares of this round's secrets")
+
+def by_place(group: Group, answers: Mapping[str, Words]) -> dict[int, Words]:
+    """Returns the answers by their sites' places in the group."""
     return {place: answers[site] for place, site in enumerate(group.sites) if site in answers}

@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from cohortium.core.errors import ProtocolError, Repeated
+from cohortium.core.errors import ProtocolError, Repeated, RoundRefused
 from cohortium.core.messages import Endorsed, Endorsement, MaskedUpdate, Reveal, Survivors
 from cohortium.core.random import Randomness
 from cohortium.core.signature import framed, sign, verify
@@ -94,7 +94,8 @@ class Member(msgspec.Struct, frozen=True):
         """Returns the site's contribution to a round.
 
         Args:
-            broadcast: what the coordinator sent for this round. Where two sites received others, nothing adds up.
+            broadcast: what stands for all that the coordinator has broadcast (`keys.history`). Where two sites heard
+                other things, now or before, nothing adds up.
             randomness: for this round alone.
 
         Raises:
@@ -120,8 +121,9 @@ class Member(msgspec.Struct, frozen=True):
 
         Raises:
             Repeated: it has endorsed this very set already.
+            RoundRefused: a share does not open; whether its dealer or the coordinator spoiled it, nobody can tell.
             ProtocolError: it endorsed another one, did not contribute, or the set is too small, out of order, not
-                signed by the pinned coordinator, or lacks this site; or a share was altered.
+                signed by the pinned coordinator, or lacks this site.
         """
         pending, chosen = self._pending(message.round), message.sites
         if pending.survivors:
@@ -153,7 +155,8 @@ class Member(msgspec.Struct, frozen=True):
 
         Raises:
             Repeated: it has revealed already.
-            ProtocolError: it endorsed no set, too few others endorsed the same one, or a tag is false.
+            RoundRefused: too few others endorsed the same set. A tag that is not of this set counts for nothing.
+            ProtocolError: it endorsed no set, or the endorsers are none of it.
         """
         pending, endorsers = self._pending(message.round), message.sites
         if pending.revealed:
@@ -161,15 +164,16 @@ class Member(msgspec.Struct, frozen=True):
         others = set(pending.survivors) - {self.me}
         if not others or endorsers != tuple(sorted(set(endorsers) & others)) or len(endorsers) != len(message.tags):
             raise ProtocolError("endorsements were refused: they must be of other survivors, once each and in order")
-        if len(endorsers) + 1 < self.group.threshold:
-            raise ProtocolError(
-                f"endorsements of {len(endorsers)} other sites were refused: below {self.group.threshold - 1} of them "
-                "the sum stays closed"
-            )
         digest = _digest(pending.context, pending.survivors)
-        for peer, tag in zip(endorsers, message.tags, strict=True):
-            if not compare_digest(tag, _endorsement(pending.seeds[peer], digest, peer)):
-                raise ProtocolError(f"the endorsement of site '{peer}' was refused: it is not of the set that I hold")
+        valid = [
+            compare_digest(tag, _endorsement(pending.seeds[peer], digest, peer))
+            for peer, tag in zip(endorsers, message.tags, strict=True)
+        ]
+        if sum(valid) + 1 < self.group.threshold:
+            raise RoundRefused(
+                f"endorsements of {sum(valid)} other sites are of the set that this site holds: below "
+                f"{self.group.threshold - 1} of them the sum stays closed"
+            )
         answer = pending.scheme.answer(self.me, pending.survivors, pending.shares, message.total)
         rounds = {**self.rounds, message.round: replace(pending, revealed=True, shares={}, seeds={})}
         return Reveal(self.run, self.me, message.round, answer), replace(self, rounds=rounds)
@@ -210,10 +214,10 @@ class Member(msgspec.Struct, frozen=True):
             try:
                 plain = AESGCM(_sealing_key(pending.seeds[sender], pending.context, sender)).decrypt(_NONCE, text, None)
             except InvalidTag:
-                raise ProtocolError(f"a share of site '{sender}' was refused: it was altered on its way") from None
+                raise RoundRefused(f"a share of site '{sender}' was refused: it was altered on its way") from None
             words = np.frombuffer(plain, "<u2").reshape(shape)
             if (words >= PRIME).any():
-                raise ProtocolError(f"a share of site '{sender}' was refused: it is no share")
+                raise RoundRefused(f"a share of site '{sender}' was refused: it is no share")
             shares[sender] = words
         return shares
 
@@ -304,9 +308,11 @@ class Tally(msgspec.Struct, frozen=True):
         """Returns the tally with a survivor's answer.
 
         Raises:
-            ProtocolError: it is early, comes twice, belongs to another round, or is not by an endorser.
+            ProtocolError: it is early, comes twice, belongs to another round, is not by an endorser, or has the wrong
+                shape or type.
         """
         self._refuse(message, self.answers, message.site not in self.tags)
+        self.scheme.check_answer(message.site, message.answer, self.survivors)
         return replace(self, answers={**self.answers, message.site: message.answer})
 
     def opened(self) -> Residues:

@@ -45,6 +45,7 @@ class FixedPoint:
     """
 
     layout: Layout
+    sites: int
     bits: int
     exponents: tuple[int, ...]
 
@@ -83,11 +84,22 @@ class FixedPoint:
         return signed.view(residue_kind(self.bits))
 
     def decode(self, total: Residues) -> Floats:
-        """Returns the sum of the sites' vectors that `total`, a sum of residues, stands for."""
+        """Returns the sum of the sites' vectors that `total`, a sum of residues, stands for.
+
+        Raises:
+            ProtocolError: an entry is beyond what the sites can add up to: the sum is noise, of masks that did not
+                cancel or of false shares. Few entries may hide it, many will not.
+        """
         signed = total.view(signed_kind(self.bits)).astype(np.float64)
         start = 0
         for block, exponent in zip(self.layout, self.exponents, strict=True):
             part = signed[start : start + block.size]
+            most = self.sites * (block.bound * 2.0**exponent + 0.5) * (1 + _SLACK)
+            if not (np.minimum.reduce(part, initial=0.0) >= -most and np.maximum.reduce(part, initial=0.0) <= most):
+                raise ProtocolError(
+                    f"the sum was refused: statistic '{block.name}' is beyond what {self.sites} sites can add up to; "
+                    "a site heard other broadcasts than the rest, or gave a false answer"
+                )
             part *= 2.0**-exponent
             start += block.size
         return signed
@@ -111,7 +123,7 @@ def fixed_point(layout: Layout, sites: int, bits: int) -> FixedPoint:
     Raises:
         StudyError: the range proof fails.
     """
-    return FixedPoint(layout, bits, tuple(_exponent(block, sites, bits) for block in layout))
+    return FixedPoint(layout, sites, bits, tuple(_exponent(block, sites, bits) for block in layout))
 
 
 def _exponent(block: Block, sites: int, bits: int) -> int:

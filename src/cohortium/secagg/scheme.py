@@ -77,11 +77,18 @@ class Scheme(Protocol):
             total: the sum, if sites decrypt it; else empty.
         """
 
+    def check_answer(self, site: str, answer: NDArray[Any], survivors: tuple[str, ...]) -> None:
+        """Checks that a site's answer has the shape and type of one.
+
+        Raises:
+            ProtocolError: it has not.
+        """
+
     def open(
         self, context: bytes, total: Payload, survivors: tuple[str, ...], answers: Mapping[str, NDArray[Any]]
     ) -> Residues:
         """Returns the sum of the survivors' vectors, from at least `threshold` answers where `opens`.
 
         Raises:
-            ProtocolError: an answer has the wrong shape or type, or the answers contradict each other.
+            ProtocolError: the answers, each of them checked, contradict each other.
         """

@@ -10,6 +10,7 @@ site reveals for one set a round (`cohortium.secagg.protocol`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from cohortium.core.errors import ProtocolError
 from cohortium.core.random import Randomness
 from cohortium.secagg import rlwe
 from cohortium.secagg.group import Group
-from cohortium.secagg.masking import held_shares
+from cohortium.secagg.masking import by_place, check_shares
 from cohortium.secagg.quantise import Residues, residue_kind
 from cohortium.secagg.scheme import Payload
 from cohortium.secagg.shamir import PRIME, Words, reconstruct
@@ -72,10 +73,12 @@ class Threshold:
         summed = np.sum([shares[site] for site in survivors], axis=0, dtype=np.int64)
         return np.asarray(summed % PRIME, np.uint16)
 
+    def check_answer(self, site: str, answer: NDArray[Any], survivors: tuple[str, ...]) -> None:
+        check_shares(site, answer, self.secret_shape)
+
     def open(
         self, context: bytes, total: Payload, survivors: tuple[str, ...], answers: Mapping[str, NDArray[np.uint16]]
     ) -> Residues:
-        held = held_shares(self.group, answers, self.secret_shape)
-        key = reconstruct(held, self.group.threshold).reshape(-1).astype(np.int64)
+        key = reconstruct(by_place(self.group, answers), self.group.threshold).reshape(-1).astype(np.int64)
         key[key > PRIME // 2] -= PRIME
         return rlwe.decrypt(total, key, context, self.length, self.bits)

@@ -1,11 +1,30 @@
 """A site's agent: bytes in, bytes out. It performs what the session asks for, and turns failures into refusals."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cohortium.core import codec
 from cohortium.core.document import MAX_DOCUMENT_BYTES, study_id_of
-from cohortium.core.errors import CohortiumError, DataError, PolicyRefused, ProtocolError, Repeated, SiteError
-from cohortium.core.messages import CONTROL_BYTES, CloseRun, FromSite, OpenRun, Refusal, ToSite, decode_to_site
+from cohortium.core.errors import (
+    CohortiumError,
+    DataError,
+    PolicyRefused,
+    ProtocolError,
+    Repeated,
+    RoundRefused,
+    SiteError,
+)
+from cohortium.core.messages import (
+    CONTROL_BYTES,
+    CloseRun,
+    Endorsed,
+    FromSite,
+    OpenRun,
+    Refusal,
+    Survivors,
+    ToSite,
+    decode_to_site,
+)
 from cohortium.core.random import Randomness
 from cohortium.learning.table import Table
 from cohortium.plan import Compiler, Plan, compile_study
@@ -26,8 +45,9 @@ class Agent:
     Attributes:
         membership: who the site is and whom it trusts.
         source: the dataset that the site offers.
-        approved: ids of the studies that the site's steward approved; no other is answered, and no data are read
-            for it. Without this, whoever opens runs could ask one question after the other.
+        approved: ids of the studies that the site's steward approved, and how many runs of each. No other is answered,
+            and no data are read for it. Without this, whoever opens runs could ask one question after the other, or
+            the same one over other survivors.
         randomness: the root of the coming runs' keys, from the operating system outside simulations. Opening a run
             moves it on, so that a run's keys cannot be had from what is kept.
         compiler: turns a study into a plan.
@@ -37,14 +57,14 @@ class Agent:
 
     membership: Membership
     source: DataSource
-    approved: frozenset[str]
+    approved: Mapping[str, int]
     randomness: Randomness
     compiler: Compiler = compile_study
     means: Means = PLAIN
     failure: Exception | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
     _cohorts: dict[str, tuple[str, Table]] = field(default_factory=dict, repr=False)
-    _served: set[str] = field(default_factory=set)
+    _served: dict[str, str] = field(default_factory=dict)
     _latest: Table | None = field(default=None, repr=False)
 
     def receive(self, data: bytes) -> list[bytes]:
@@ -58,6 +78,10 @@ class Agent:
             return [codec.encode(answer) for answer in self._answers(message)]
         except Repeated:
             return []
+        except RoundRefused as error:
+            self.failure = error
+            assert isinstance(message, Survivors | Endorsed)
+            return [codec.encode(Refusal(message.run, self.membership.site, str(error), message.round))]
         except DataError as error:
             named = SiteError(f"{self.membership.site}: {error}", public=error.public)
             return [self._refuse(message.run, named, error.public)]
@@ -112,13 +136,16 @@ class Agent:
         return answers
 
     def _open(self, message: OpenRun) -> None:
-        if study_id_of(message.study) not in self.approved:
+        study = study_id_of(message.study)
+        if study not in self.approved:
             raise PolicyRefused("the study was refused: this site's steward has not approved it")
         if message.run in self._sessions:
             raise Repeated("a run is open already")
         if message.run in self._served:
             raise ProtocolError("a run was refused: its name was used before")
-        self._served.add(message.run)
+        if list(self._served.values()).count(study) >= self.approved[study]:
+            raise PolicyRefused("the study was refused: it has had all the runs that this site's steward approved")
+        self._served[message.run] = study
         keys, self.randomness = self.randomness.child("run", message.run), self.randomness.child("next")
         while len(self._sessions) >= _MOST_RUNS:
             self._forget(next(iter(self._sessions)))

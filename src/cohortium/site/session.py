@@ -91,6 +91,7 @@ class Session(msgspec.Struct, frozen=True):
     member: Member | None = None
     waiting: OpenRound | None = None
     before: Any = None
+    history: bytes = b""
     memory: Memory = msgspec.field(default_factory=dict)
     over: bool = False
 
@@ -186,20 +187,21 @@ def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effe
 def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Session, list[Effect]]:
     plan, member = session.plan, session.member
     assert plan is not None and member is not None and session.training is not None
-    algorithm, before = plan.algorithm, session.before
-    for data in (*opened.missed, opened.broadcast):
-        broadcast = codec.decode(data, algorithm.broadcast_type)
-        algorithm.admit(broadcast, before)
-        before = broadcast
-    layout = algorithm.layout(broadcast)
+    algorithm, before, history = plan.algorithm, session.before, session.history
     # what overflows becomes infinite, and encoding refuses that
     with session.means.training, np.errstate(all="ignore"):
+        for data in (*opened.missed, opened.broadcast):
+            broadcast = codec.decode(data, algorithm.broadcast_type)
+            algorithm.admit(broadcast, before)
+            before, history = broadcast, keys.history(history, data)
+        layout = algorithm.layout(broadcast)
         statistics, memory = algorithm.local(broadcast, table, session.memory, session.training)
     own = session.randomness.child("round", opened.round)
     encoded = plan.stages(layout).encode(pack(layout, statistics), own)
     scheme = plan.scheme(member.group, layout, session.means)
-    update, member = member.protect(opened.round, opened.broadcast, scheme, encoded, own)
-    return replace(session, member=member, waiting=None, before=broadcast, memory=memory), [Send(update)]
+    update, member = member.protect(opened.round, history, scheme, encoded, own)
+    later = replace(session, member=member, waiting=None, before=broadcast, history=history, memory=memory)
+    return later, [Send(update)]
 
 
 def _open_sum(session: Session, member: Member, event: Survivors | Endorsed) -> tuple[Session, list[Effect]]:
