@@ -25,8 +25,8 @@ Spread = Callable[[Sequence[Task]], None]
 
 SEGMENT = 1 << 20
 """Bytes of a stream under one nonce."""
-_BLOCK = 1 << 17
-"""Bytes expanded at a time: stream and part of the vector stay in the processor's cache."""
+_BLOCK = 1 << 18
+"""Bytes expanded at a time: few enough for the processor's cache, enough for threads not to wait for each other."""
 _AT_ONCE = 1 << 18
 """Bytes of streams below which calls cost more than arithmetic."""
 _TAG = 16
@@ -74,7 +74,7 @@ def keystream(key: bytes, length: int, segment: int = 0) -> bytes:
 def add_streams(vector: NDArray[Any], add: Sequence[bytes], subtract: Sequence[bytes], means: Means = PLAIN) -> None:
     """Adds the streams of some keys to a vector of unsigned integers and subtracts others', in place.
 
-    Memory beyond the vector: 256 KiB for each task.
+    Memory beyond the vector: some 300 KiB for each task, with its ciphers.
     """
     if vector.nbytes * (len(add) + len(subtract)) <= _AT_ONCE:
         _add_at_once(vector, add, subtract)
