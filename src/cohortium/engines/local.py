@@ -163,7 +163,9 @@ def run(
                 setup += sum(wire.read()[:2])
                 return Result(plan.study, plan.study_id, name, outcome, tuple(records), setup)
             case Failed(error):
-                raise next((agent.failure for agent in agents.values() if agent.failure), None) or error
+                # the site that left last ended the run, or else one that saw the round spoiled
+                told = [*list(wire.state.gone)[::-1], *plan.sites]
+                raise next((agents[site].failure for site in told if agents[site].failure), None) or error
     raise RunFailed("the run ended without a result")
 
 
