@@ -25,7 +25,7 @@ from cohortium.core.errors import PolicyRefused, ProtocolError, StudyError
 from cohortium.core.random import Randomness
 from cohortium.secagg.group import Group
 from cohortium.secagg.quantise import Residues, residue_kind, signed_kind
-from cohortium.secagg.scheme import Payload
+from cohortium.secagg.scheme import Payload, check_vector
 from cohortium.secagg.shamir import Words
 
 try:
@@ -83,8 +83,7 @@ class SingleKey:
     def protect(
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
     ) -> tuple[Payload, Words]:
-        if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
-            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
+        check_vector(vector, self.length, self.bits)
         signed = vector.view(signed_kind(self.bits)).astype(np.float64)
         return self._encrypted(signed), _NO_SECRET
 

@@ -29,8 +29,8 @@ from cohortium.core.errors import ProtocolError
 from cohortium.core.random import Randomness
 from cohortium.secagg.group import Group
 from cohortium.secagg.keys import purpose_key
-from cohortium.secagg.quantise import Residues, residue_kind
-from cohortium.secagg.scheme import Payload
+from cohortium.secagg.quantise import Residues
+from cohortium.secagg.scheme import Payload, check_vector
 from cohortium.secagg.shamir import PRIME, SECRET_WORDS, Words, from_words, reconstruct, to_words
 from cohortium.secagg.stream import PLAIN, Means, add_streams
 from cohortium.secagg.wire import from_wire, sign_extended, to_wire
@@ -66,8 +66,7 @@ class Masking:
     def protect(
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
     ) -> tuple[Payload, Words]:
-        if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
-            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
+        check_vector(vector, self.length, self.bits)
         keys = {peer: purpose_key(seed, b"cohort mask", context) for peer, seed in seeds.items()}
         later = [keys[peer] for peer in keys if peer > me]
         earlier = [keys[peer] for peer in keys if peer < me]

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from cohortium.core.errors import ProtocolError
 from cohortium.core.random import Randomness
 from cohortium.secagg.group import Group
-from cohortium.secagg.quantise import Residues
+from cohortium.secagg.quantise import Residues, residue_kind
 from cohortium.secagg.shamir import Words
 
 Payload = NDArray[Any]
@@ -92,3 +93,9 @@ class Scheme(Protocol):
         Raises:
             ProtocolError: the answers, each of them checked, contradict each other.
         """
+
+
+def check_vector(vector: Residues, length: int, bits: int) -> None:
+    """Raises a `ProtocolError` if a vector is not of the length and type that a scheme protects."""
+    if vector.shape != (length,) or vector.dtype != residue_kind(bits):
+        raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")

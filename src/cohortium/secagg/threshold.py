@@ -20,8 +20,8 @@ from cohortium.core.random import Randomness
 from cohortium.secagg import rlwe
 from cohortium.secagg.group import Group
 from cohortium.secagg.masking import by_place, check_shares
-from cohortium.secagg.quantise import Residues, residue_kind
-from cohortium.secagg.scheme import Payload
+from cohortium.secagg.quantise import Residues
+from cohortium.secagg.scheme import Payload, check_vector
 from cohortium.secagg.shamir import PRIME, Words, reconstruct
 
 
@@ -53,8 +53,7 @@ class Threshold:
     def protect(
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
     ) -> tuple[Payload, Words]:
-        if vector.shape != (self.length,) or vector.dtype != residue_kind(self.bits):
-            raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
+        check_vector(vector, self.length, self.bits)
         secret = rlwe.secret_key(randomness)
         payload = rlwe.encrypt(secret, context, vector, self.bits, randomness)
         return payload, (secret.astype(np.int64) % PRIME).astype(np.uint16).reshape(self.secret_shape)
