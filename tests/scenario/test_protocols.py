@@ -2,13 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cohortium.adapters import machine
-from cohortium.bootstrap import coordinator_key, example_sites, load_example, simulate, simulated_agents
+from cohortium.bootstrap import coordinator_key, example_sites, load_example, simulate, simulated_agents, write_report
 from cohortium.core import codec
 from cohortium.core.errors import PolicyRefused, StudyError
 from cohortium.core.messages import FromSite, MaskedUpdate
@@ -105,6 +106,17 @@ def test_long_rounds_on_several_threads_are_the_same_bytes() -> None:
         seen.append([codec.encode(message) for message in said])
     assert sum(np.size(message) for message in seen[0]) > 0
     assert seen[0] == seen[1]
+
+
+def test_a_report_says_which_round_lost_whom(tmp_path: Path) -> None:
+    def faults(site: str, message: Any) -> bool:
+        return site == "zurich" and isinstance(message, MaskedUpdate) and message.round == 3
+
+    result = simulate(regression(dropouts=1), example_sites(), seed=1, faults=faults)
+    write_report(result, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("is the sum without") == 1
+    assert "Round 3 is the sum without zurich." in page
 
 
 class TestPromises:

@@ -1,7 +1,7 @@
 """How results look in a terminal."""
 
 from cohortium.cli.output import Output
-from cohortium.coordinator.result import Result, Sample
+from cohortium.coordinator.result import Result, Sample, losses
 from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison, mean_auc
 from cohortium.learning.glm import GlmFit
@@ -25,10 +25,8 @@ def show_outcome(output: Output, result: Result, comparison: tuple[Comparison, .
         f"{rounds} round{'' if rounds == 1 else 's'} in {sum(r.seconds for r in result.rounds):.2f} s; "
         f"each site sent {up // sites:,} bytes and received {down // sites:,}"
     )
-    for record in result.rounds:
-        lost = sorted(set(result.study.sites.include) - set(record.survivors))
-        if lost:
-            output.say(f"Round {record.number} is the sum without {', '.join(lost)}")
+    for loss in losses(result):
+        output.say(loss)
 
 
 def show_model(output: Output, model: GlobalModel) -> None:

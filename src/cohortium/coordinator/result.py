@@ -104,6 +104,16 @@ class Result:
         return self.outcome
 
 
+def losses(result: Result) -> tuple[str, ...]:
+    """Returns a sentence, without its full stop, for each round that lost a site."""
+    told = []
+    for record in result.rounds:
+        lost = sorted(set(result.study.sites.include) - set(record.survivors))
+        if lost:
+            told.append(f"Round {record.number} is the sum without {', '.join(lost)}")
+    return tuple(told)
+
+
 def headline(result: Result, comparison: tuple[Comparison, ...]) -> str:
     """Returns in one sentence what a run achieved."""
     who = f"{len(result.study.sites.include)} hospitals"

@@ -1,6 +1,6 @@
 """From a result to the report's sections."""
 
-from cohortium.coordinator.result import Result, headline
+from cohortium.coordinator.result import Result, headline, losses
 from cohortium.core.study import BinaryTarget, Number, NumberTarget, Study
 from cohortium.guarantees import protection
 from cohortium.learning.descriptive import NumberSummary, Summary
@@ -57,12 +57,13 @@ def assemble(
 
 def _model(result: Result, model: GlobalModel) -> report.FittedModel:
     objective = tuple(record.objective for record in result.rounds if record.objective is not None)
+    lost = "".join(f" {loss}." for loss in losses(result))
     if not isinstance(model.fit, GlmFit):
         label = "mean training loss"
         note = (
             f"A network with {sum(weight.size for weight in model.fit.weights):,} parameters; it has no coefficients."
         )
-        return report.FittedModel(note=note, objective=objective, objective_label=label)
+        return report.FittedModel(note=note + lost, objective=objective, objective_label=label)
     fit, study = model.fit, result.study
     rows = [
         report.Coefficient(name=name, estimate=estimate, standard_error=error, low=low, high=high, p=p)
@@ -76,7 +77,7 @@ def _model(result: Result, model: GlobalModel) -> report.FittedModel:
         effect=_EFFECTS[fit.kind],
         exponentiate=fit.kind != "linear",
         confidence=study.model.confidence,  # type: ignore[union-attr]  # a GlmFit comes from a Regression
-        note=_note(study),
+        note=_note(study) + lost,
         objective=objective,
         objective_label="minus log-likelihood" if fit.kind != "linear" else "half the sum of squares at zero",
     )
