@@ -17,7 +17,7 @@ import pandas as pd
 from cohortium import bootstrap
 from cohortium.core.layout import Block
 from cohortium.core.random import Randomness
-from cohortium.core.study import Cohort, Descriptive, Number, Privacy, Purpose, Sites, Study
+from cohortium.core.study import Aggregation, Cohort, Descriptive, Number, Privacy, Purpose, Sites, Study
 from cohortium.engines import local
 from cohortium.plan import Phase, compile_study
 from machine import processor
@@ -71,16 +71,22 @@ class Nothing:
         return ROUNDS - state.round, None
 
 
-def main() -> None:
-    names = tuple(f"site-{index:02d}" for index in range(SITES))
-    study = Study(
+def empty_study(names: tuple[str, ...], **aggregation: Any) -> Study:
+    """Returns a study of which only the sites and the protection matter."""
+    return Study(
         name="overhead",
         purpose=Purpose(summary="benchmark"),
         sites=Sites(include=names),
         cohort=Cohort(dataset="none", patient="id", features={"x": Number(unit="1", range=(0, 1))}, minimum=1),
         model=Descriptive(),
         privacy=Privacy(unit="patient"),
+        aggregation=Aggregation(**aggregation),
     )
+
+
+def main() -> None:
+    names = tuple(f"site-{index:02d}" for index in range(SITES))
+    study = empty_study(names)
     frame = pd.DataFrame({"id": np.arange(50), "x": np.linspace(0, 1, 50)})
     plan = replace(compile_study(study), phases=PHASES, algorithm=Nothing(np.linspace(-1, 1, VALUES)))
     medians = []

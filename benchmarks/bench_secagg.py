@@ -343,21 +343,13 @@ def engine_run(values: int, sites: int, rounds: int, dropouts: int) -> Callable[
     """Returns a run in the local engine, ready to start."""
     import pandas as pd
 
+    from bench_engine import empty_study
     from cohortium import bootstrap
-    from cohortium.core.study import Aggregation, Cohort, Descriptive, Number, Privacy, Purpose, Sites, Study
     from cohortium.engines import local
     from cohortium.plan import Phase, compile_study
 
     names = tuple(f"site-{index:02d}" for index in range(sites))
-    study = Study(
-        name="overhead",
-        purpose=Purpose(summary="benchmark"),
-        sites=Sites(include=names),
-        cohort=Cohort(dataset="none", patient="id", features={"x": Number(unit="1", range=(0, 1))}, minimum=1),
-        model=Descriptive(),
-        privacy=Privacy(unit="patient"),
-        aggregation=Aggregation(dropouts=dropouts),
-    )
+    study = empty_study(names, dropouts=dropouts)
     algorithm = Ready(np.linspace(-1, 1, values), rounds)
     phases = (Phase("ready", algorithm.layout(algorithm.init()), rounds, 0.0),)
     plan = replace(compile_study(study), phases=phases, algorithm=algorithm)

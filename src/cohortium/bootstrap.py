@@ -119,10 +119,10 @@ def simulate(
         time.perf_counter,
         coordinator_key(root),
         means[1],
-        tap,
-        progress,
-        faults,
-        machine.threads("sites"),
+        tap=tap,
+        progress=progress,
+        faults=faults,
+        pool=machine.threads("sites"),
     )
     took_part = {site for record in result.rounds for site in record.survivors}
     patients = {name: agents[name].table.rows for name in plan.sites if name in took_part}

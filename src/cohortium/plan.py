@@ -170,13 +170,9 @@ def _opening_bytes(scheme: Scheme) -> tuple[int, int, int]:
     """Returns the bytes of the shares that a site deals, of its endorsement, and of its largest answer."""
     if not scheme.opens:
         return 0, 0, 0
-    sites, (rows, columns) = len(scheme.group.sites), scheme.secret_shape
-    dealt = (2 * rows * columns + _FRAME) * (sites - 1) if rows else 0
-    # masking reveals a row for each survivor and each pair with a lost site; the others one sum
-    lost = sites - scheme.group.threshold
-    answer = 2 * columns * (scheme.group.threshold * (1 + lost) if rows > 1 else 1)
-    answer = max(answer, 2 * columns * sites if rows > 1 else 0)
-    return dealt, (32 + 2) * (sites - 1), answer if rows else 8 * scheme.length
+    peers, (rows, columns) = len(scheme.group.sites) - 1, scheme.secret_shape
+    dealt = (2 * rows * columns + _FRAME) * peers if rows else 0
+    return dealt, (32 + 2) * peers, scheme.answer_bytes
 
 
 def _quantiser(study: Study, identity: str, layout: Layout) -> FixedPoint | Compressed:

@@ -1,4 +1,4 @@
-"""What this machine is good at: its faster cipher mode, its threads, and TenSEAL's keys."""
+"""What this machine is good at: its faster cipher mode and its threads."""
 
 import os
 import time

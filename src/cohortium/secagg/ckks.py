@@ -25,7 +25,7 @@ from cohortium.core.errors import PolicyRefused, ProtocolError, StudyError
 from cohortium.core.random import Randomness
 from cohortium.secagg.group import Group
 from cohortium.secagg.quantise import Residues, residue_kind, signed_kind
-from cohortium.secagg.scheme import Payload, check_vector
+from cohortium.secagg.scheme import NO_SECRET, Payload, check_vector
 from cohortium.secagg.shamir import Words
 
 try:
@@ -41,7 +41,6 @@ _SCALE = 2.0**40
 _SLOTS = _DEGREE // 2
 _MOST_BYTES = 400_000
 """More than any encryption of one chunk takes."""
-_NO_SECRET = np.empty((0, 0), np.uint16)
 
 
 def make_keys() -> tuple[bytes, bytes]:
@@ -80,12 +79,16 @@ class SingleKey:
     def payload_bytes(self) -> int:
         return payload_bytes(self.length)
 
+    @property
+    def answer_bytes(self) -> int:
+        return residue_kind(self.bits).itemsize * self.length
+
     def protect(
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
     ) -> tuple[Payload, Words]:
         check_vector(vector, self.length, self.bits)
         signed = vector.view(signed_kind(self.bits)).astype(np.float64)
-        return self._encrypted(signed), _NO_SECRET
+        return self._encrypted(signed), NO_SECRET
 
     def add(self, total: Payload | None, payload: Payload) -> Payload:
         # a sum begins with zeros, so that the first payload is checked as any other

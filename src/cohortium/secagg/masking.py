@@ -25,17 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cohortium.core.errors import ProtocolError
 from cohortium.core.random import Randomness
 from cohortium.secagg.group import Group
 from cohortium.secagg.keys import purpose_key
 from cohortium.secagg.quantise import Residues
-from cohortium.secagg.scheme import Payload, check_vector
-from cohortium.secagg.shamir import PRIME, SECRET_WORDS, Words, from_words, reconstruct, to_words
+from cohortium.secagg.scheme import NO_SECRET, Payload, by_place, check_shares, check_vector
+from cohortium.secagg.shamir import SECRET_WORDS, Words, from_words, reconstruct, to_words
 from cohortium.secagg.stream import PLAIN, Means, add_streams
 from cohortium.secagg.wire import from_wire, sign_extended, to_wire
-
-_NOTHING = np.empty((0, 0), np.uint16)
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,12 @@ class Masking:
         return -(-self.length * self.bits // 8)
 
     @property
+    def answer_bytes(self) -> int:
+        # fewer survivors make larger answers: a row more for each of them that is lost
+        sites, threshold = len(self.group.sites), self.group.threshold
+        return 2 * SECRET_WORDS * threshold * (1 + sites - threshold) if self.opens else 0
+
+    @property
     def secret_shape(self) -> tuple[int, int]:
         return (len(self.group.sites), SECRET_WORDS) if self.opens else (0, 0)
 
@@ -70,7 +73,7 @@ class Masking:
         keys = {peer: purpose_key(seed, b"cohort mask", context) for peer, seed in seeds.items()}
         later = [keys[peer] for peer in keys if peer > me]
         earlier = [keys[peer] for peer in keys if peer < me]
-        secret = _NOTHING
+        secret = NO_SECRET
         if self.opens:
             keys[me] = randomness.child("self mask").bytes(32)
             later.append(keys[me])
@@ -117,14 +120,3 @@ class Masking:
             residues = total.copy()
             add_streams(residues, add, subtract, self.means)
         return sign_extended(residues, self.bits)
-
-
-def check_shares(site: str, answer: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Raises a `ProtocolError` if an array holds no shares of this shape."""
-    if answer.shape != shape or answer.dtype != np.uint16 or (answer >= PRIME).any():
-        raise ProtocolError(f"the answer of site '{site}' was refused: it holds no shares of this round's secrets")
-
-
-def by_place(group: Group, answers: Mapping[str, Words]) -> dict[int, Words]:
-    """Returns the answers by their sites' places in the group."""
-    return {place: answers[site] for place, site in enumerate(group.sites) if site in answers}

@@ -7,16 +7,19 @@ group and one round's length.
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.errors import ProtocolError
 from cohortium.core.random import Randomness
 from cohortium.secagg.group import Group
 from cohortium.secagg.quantise import Residues, residue_kind
-from cohortium.secagg.shamir import Words
+from cohortium.secagg.shamir import PRIME, Words
 
 Payload = NDArray[Any]
 """A protected vector, or a sum of such, as it travels."""
+NO_SECRET: Words = np.empty((0, 0), np.uint16)
+"""Where nothing is dealt."""
 
 
 class Scheme(Protocol):
@@ -29,6 +32,7 @@ class Scheme(Protocol):
         opens: whether the survivors must help to open a sum. Otherwise it is open once every site has contributed.
         decrypted_by_sites: whether they need the sum itself for that.
         payload_bytes: the most bytes that a protected vector takes.
+        answer_bytes: the most bytes that a site reveals to open a sum.
     """
 
     @property
@@ -48,6 +52,9 @@ class Scheme(Protocol):
 
     @property
     def payload_bytes(self) -> int: ...
+
+    @property
+    def answer_bytes(self) -> int: ...
 
     def protect(
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
@@ -99,3 +106,14 @@ def check_vector(vector: Residues, length: int, bits: int) -> None:
     """Raises a `ProtocolError` if a vector is not of the length and type that a scheme protects."""
     if vector.shape != (length,) or vector.dtype != residue_kind(bits):
         raise ProtocolError(f"a vector of shape {vector.shape} and type {vector.dtype} does not fit the study")
+
+
+def check_shares(site: str, answer: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raises a `ProtocolError` if an array holds no shares of this shape."""
+    if answer.shape != shape or answer.dtype != np.uint16 or (answer >= PRIME).any():
+        raise ProtocolError(f"the answer of site '{site}' was refused: it holds no shares of this round's secrets")
+
+
+def by_place(group: Group, answers: Mapping[str, Words]) -> dict[int, Words]:
+    """Returns the answers by their sites' places in the group."""
+    return {place: answers[site] for place, site in enumerate(group.sites) if site in answers}

@@ -19,9 +19,8 @@ from cohortium.core.errors import ProtocolError
 from cohortium.core.random import Randomness
 from cohortium.secagg import rlwe
 from cohortium.secagg.group import Group
-from cohortium.secagg.masking import by_place, check_shares
 from cohortium.secagg.quantise import Residues
-from cohortium.secagg.scheme import Payload, check_vector
+from cohortium.secagg.scheme import Payload, by_place, check_shares, check_vector
 from cohortium.secagg.shamir import PRIME, Words, reconstruct
 
 
@@ -49,6 +48,10 @@ class Threshold:
     def payload_bytes(self) -> int:
         chunks, primes, size = rlwe.ciphertext_shape(self.length, self.bits)
         return 4 * chunks * primes * size
+
+    @property
+    def answer_bytes(self) -> int:
+        return 2 * rlwe.RING
 
     def protect(
         self, me: str, seeds: Mapping[str, bytes], context: bytes, vector: Residues, randomness: Randomness
