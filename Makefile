@@ -22,7 +22,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,torch,rlwe,ckks]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,torch,privacy,rlwe,ckks]'
 	@touch $@ $(VENV)/.demo
 
 setup: $(VENV)/.test ## everything for development, PyTorch too

@@ -15,9 +15,12 @@ import numpy as np
 import pandas as pd
 
 from cohortium import bootstrap
+from cohortium.core.features import Number
 from cohortium.core.layout import Block
+from cohortium.core.models import Descriptive
+from cohortium.core.protection import Aggregation, Privacy
 from cohortium.core.random import Randomness
-from cohortium.core.study import Aggregation, Cohort, Descriptive, Number, Privacy, Purpose, Sites, Study
+from cohortium.core.study import Cohort, Purpose, Sites, Study
 from cohortium.engines import local
 from cohortium.plan import Phase, compile_study
 from machine import processor

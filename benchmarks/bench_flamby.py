@@ -38,21 +38,13 @@ from rich.table import Table as Grid
 from sklearn.model_selection import train_test_split
 
 from cohortium.bootstrap import coordinator_key, simulated_agents
+from cohortium.core.features import BinaryTarget, Number
 from cohortium.core.layout import Floats
+from cohortium.core.models import Network
+from cohortium.core.protection import Privacy
 from cohortium.core.random import Randomness
-from cohortium.core.study import (
-    Averaging,
-    BinaryTarget,
-    Cohort,
-    Local,
-    Network,
-    Number,
-    Privacy,
-    Purpose,
-    Server,
-    Sites,
-    Study,
-)
+from cohortium.core.study import Cohort, Purpose, Sites, Study
+from cohortium.core.training import Averaging, Local, Server
 from cohortium.engines import local
 from cohortium.learning.algorithm import Then, in_the_clear
 from cohortium.learning.fedavg import FedAvg, loss_for, mlp

@@ -14,28 +14,11 @@ from cohortium.bootstrap import (
 from cohortium.coordinator.result import Result
 from cohortium.core.document import json_schema, study_id
 from cohortium.core.errors import CohortiumError
-from cohortium.core.study import (
-    Aggregation,
-    Averaging,
-    BinaryTarget,
-    Category,
-    Cohort,
-    CountTarget,
-    Descriptive,
-    Local,
-    Network,
-    Newton,
-    Number,
-    NumberTarget,
-    Penalty,
-    Preprocessing,
-    Privacy,
-    Purpose,
-    Regression,
-    Server,
-    Sites,
-    Study,
-)
+from cohortium.core.features import BinaryTarget, Category, CountTarget, Number, NumberTarget
+from cohortium.core.models import Descriptive, Network, Penalty, Regression
+from cohortium.core.protection import Aggregation, Privacy
+from cohortium.core.study import Cohort, Purpose, Sites, Study
+from cohortium.core.training import Averaging, Local, Newton, Preprocessing, Server
 from cohortium.learning.model import GlobalModel
 
 __all__ = [

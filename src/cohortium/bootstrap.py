@@ -13,9 +13,11 @@ from cohortium.adapters import bundled, files, machine
 from cohortium.adapters.sources import FileSource, FrameSource
 from cohortium.coordinator.result import Result, Simulated, as_json
 from cohortium.core.errors import StudyError, nearest
+from cohortium.core.features import BinaryTarget
 from cohortium.core.messages import FromSite, MaskedUpdate
+from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
-from cohortium.core.study import BinaryTarget, Descriptive, Study
+from cohortium.core.study import Study
 from cohortium.engines import local
 from cohortium.engines.comparison import cross_validate
 from cohortium.learning.descriptive import Summary

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from cohortium.core.study import Compression, Descriptive
+from cohortium.core.models import Descriptive
+from cohortium.core.protection import Compression
 from cohortium.plan import Phase, Plan, Traffic
 
 _PROTOCOLS = {

@@ -12,12 +12,15 @@ from typing import Any
 
 from cohortium.core import document
 from cohortium.core.errors import StudyError
+from cohortium.core.features import Category, Feature, Number
 from cohortium.core.filter import Filter, compile_filter
 from cohortium.core.layout import Block, Layout, size
 from cohortium.core.messages import MOST_MISSED
+from cohortium.core.models import Descriptive, Network, Regression
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, chain
-from cohortium.core.study import Averaging, Category, Descriptive, Feature, Network, Newton, Number, Regression, Study
+from cohortium.core.study import Study
+from cohortium.core.training import Averaging, Newton, OneShot
 from cohortium.learning.algorithm import Algorithm, Then
 from cohortium.learning.descriptive import Describe, Summary
 from cohortium.learning.glm import Glm
@@ -215,7 +218,9 @@ def _algorithm(study: Study, identity: str) -> tuple[Algorithm[Any, Any, Any], A
         return _averaging(study, identity, encoder)
 
     first = Preprocess(cohort.features, cohort.maximum)
-    return Then(first, Fitted, second, training.rounds), second(_typical(cohort.features))
+    return Then(first, Fitted, second, 1 if isinstance(training, OneShot) else training.rounds), second(
+        _typical(cohort.features)
+    )
 
 
 def _averaging(study: Study, identity: str, encoder: Encoder) -> Algorithm[Any, Any, Any]:

@@ -10,7 +10,8 @@ from ruamel.yaml import YAML
 
 import cohortium
 from cohortium.core.document import parse
-from cohortium.core.study import Category, Number, Study
+from cohortium.core.features import Category, Number
+from cohortium.core.study import Study
 
 BUNDLE = Path(cohortium.__path__[0]) / "adapters/heart_disease"
 PROJECT = Path(__file__).parents[2]

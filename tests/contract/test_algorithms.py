@@ -12,25 +12,12 @@ from hypothesis import strategies as st
 
 from cohortium.core import codec
 from cohortium.core.errors import ProtocolError
+from cohortium.core.features import BinaryTarget, Category, CountTarget, Feature, Number, NumberTarget, Target
 from cohortium.core.layout import Block, Layout, entry_names, pack, size, unpack
+from cohortium.core.models import Descriptive, Penalty, Regression
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, DpEvent, Stage, chain
-from cohortium.core.study import (
-    Averaging,
-    BinaryTarget,
-    Category,
-    CountTarget,
-    Descriptive,
-    Feature,
-    Local,
-    Newton,
-    Number,
-    NumberTarget,
-    Penalty,
-    Regression,
-    Server,
-    Target,
-)
+from cohortium.core.training import Averaging, Local, Newton, Server
 from cohortium.learning.algorithm import Algorithm, Then
 from cohortium.learning.descriptive import Describe
 from cohortium.learning.glm import Glm

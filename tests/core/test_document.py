@@ -20,19 +20,11 @@ from cohortium.bootstrap import example_study, load_example
 from cohortium.core import document
 from cohortium.core.document import canonical_bytes, from_canonical, json_schema, parse, study_id
 from cohortium.core.errors import StudyError
-from cohortium.core.study import (
-    BinaryTarget,
-    Category,
-    Cohort,
-    Newton,
-    Number,
-    Penalty,
-    Privacy,
-    Purpose,
-    Regression,
-    Sites,
-    Study,
-)
+from cohortium.core.features import BinaryTarget, Category, Number
+from cohortium.core.models import Penalty, Regression
+from cohortium.core.protection import Privacy
+from cohortium.core.study import Cohort, Purpose, Sites, Study
+from cohortium.core.training import Newton
 
 VECTOR = json.loads((Path(__file__).parents[1] / "vectors/study_v1.json").read_text(encoding="utf-8"))
 

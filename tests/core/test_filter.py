@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cohortium.core.errors import StudyError
+from cohortium.core.features import Category, Feature, Number
 from cohortium.core.filter import compile_filter
-from cohortium.core.study import Category, Feature, Number
 
 FEATURES: dict[str, Feature] = {
     "age": Number(unit="a", range=(0, 120)),

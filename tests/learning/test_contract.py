@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cohortium.core.errors import DataError
-from cohortium.core.study import BinaryTarget, Category, CountTarget, Feature, Number, NumberTarget
+from cohortium.core.features import BinaryTarget, Category, CountTarget, Feature, Number, NumberTarget
 from cohortium.learning.contract import after_missing, conform, conform_target, raw_columns, typed
 
 NAN = float("nan")

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from cohortium.core import codec
 from cohortium.core.errors import CohortError, ProtocolError
+from cohortium.core.features import BinaryTarget, Category, CountTarget, Feature, Number, NumberTarget, Target
 from cohortium.core.layout import Floats, pack, unpack
+from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
-from cohortium.core.study import BinaryTarget, Category, CountTarget, Descriptive, Feature, Number, NumberTarget, Target
 from cohortium.learning.algorithm import in_the_clear
 from cohortium.learning.descriptive import (
     CategorySummary,

@@ -16,8 +16,9 @@ torch = pytest.importorskip("torch", reason="networks need the extra: pip instal
 
 from cohortium.core import codec, layout  # noqa: E402
 from cohortium.core.errors import CohortError, ConvergenceError, ProtocolError, StudyError  # noqa: E402
+from cohortium.core.features import BinaryTarget, NumberTarget  # noqa: E402
 from cohortium.core.random import Randomness  # noqa: E402
-from cohortium.core.study import Averaging, BinaryTarget, Local, NumberTarget, Server  # noqa: E402
+from cohortium.core.training import Averaging, Local, Server  # noqa: E402
 from cohortium.learning import server  # noqa: E402
 from cohortium.learning.algorithm import Memory, in_the_clear  # noqa: E402
 from cohortium.learning.fedavg import FedAvg, FedAvgBroadcast, loss_for, mlp  # noqa: E402

@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 
 from cohortium.core.errors import CohortError, ConvergenceError
+from cohortium.core.features import BinaryTarget, Category, CountTarget, Feature, Number, NumberTarget, Target
+from cohortium.core.models import Penalty, Regression
 from cohortium.core.random import Randomness
-from cohortium.core.study import (
-    BinaryTarget,
-    Category,
-    CountTarget,
-    Feature,
-    Newton,
-    Number,
-    NumberTarget,
-    Penalty,
-    Regression,
-    Target,
-)
+from cohortium.core.training import Newton
 from cohortium.learning.algorithm import Then, in_the_clear
 from cohortium.learning.glm import Glm, GlmFit
 from cohortium.learning.preprocess import Encoder, Fitted, Preprocess

@@ -18,22 +18,11 @@ from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from cohortium.core.errors import DataError, StudyError
-from cohortium.core.study import (
-    Averaging,
-    BinaryTarget,
-    Category,
-    Cohort,
-    CountTarget,
-    Network,
-    Number,
-    NumberTarget,
-    Preprocessing,
-    Privacy,
-    Purpose,
-    Regression,
-    Sites,
-    Study,
-)
+from cohortium.core.features import BinaryTarget, Category, CountTarget, Number, NumberTarget
+from cohortium.core.models import Network, Regression
+from cohortium.core.protection import Privacy
+from cohortium.core.study import Cohort, Purpose, Sites, Study
+from cohortium.core.training import Averaging, Preprocessing
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel, from_bytes
 from cohortium.learning.network import NetworkFit

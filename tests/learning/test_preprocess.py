@@ -10,8 +10,8 @@ from sklearn.impute import SimpleImputer
 from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, StandardScaler
 
 from cohortium.core.errors import CohortError
+from cohortium.core.features import Category, Feature, Number
 from cohortium.core.random import Randomness
-from cohortium.core.study import Category, Feature, Number
 from cohortium.learning.algorithm import in_the_clear
 from cohortium.learning.preprocess import Encoder, FitBroadcast, Fitted, Preprocess, middle_and_half, to_unit
 from cohortium.learning.table import Table, pooled

@@ -30,9 +30,11 @@ from cohortium.core.messages import (
     ToSite,
     decode_from_site,
 )
+from cohortium.core.models import Penalty, Regression
+from cohortium.core.protection import Aggregation
 from cohortium.core.random import Randomness
 from cohortium.core.signature import sign
-from cohortium.core.study import Aggregation, Penalty, Regression, Study
+from cohortium.core.study import Study
 from cohortium.plan import Plan, compile_study
 from cohortium.secagg.group import Group
 from cohortium.secagg.keys import history, round_context, session_digest

@@ -32,8 +32,8 @@ from cohortium.core.messages import (
     Survivors,
     decode_from_site,
 )
+from cohortium.core.protection import Aggregation
 from cohortium.core.random import Randomness
-from cohortium.core.study import Aggregation
 from cohortium.secagg import keys
 from cohortium.secagg.group import tolerance
 from cohortium.secagg.masking import Masking

@@ -27,8 +27,9 @@ from cohortium.core.messages import (
     Reveal,
     Survivors,
 )
+from cohortium.core.models import Descriptive, Penalty, Regression
+from cohortium.core.protection import Aggregation
 from cohortium.core.random import Randomness
-from cohortium.core.study import Aggregation, Descriptive, Penalty, Regression
 from cohortium.engines import local
 from cohortium.plan import Plan, compile_study
 

@@ -25,8 +25,10 @@ from cohortium.core.messages import (
     Reveal,
     decode_from_site,
 )
+from cohortium.core.models import Network
+from cohortium.core.protection import Aggregation
 from cohortium.core.random import Randomness
-from cohortium.core.study import Aggregation, Averaging, Local, Network
+from cohortium.core.training import Averaging, Local
 from cohortium.engines import local
 from cohortium.learning.algorithm import PhaseBroadcast
 from cohortium.learning.glm import GlmBroadcast

@@ -13,8 +13,11 @@ from cohortium.bootstrap import coordinator_key, example_sites, load_example, si
 from cohortium.core import codec
 from cohortium.core.errors import PolicyRefused, StudyError
 from cohortium.core.messages import FromSite, MaskedUpdate
+from cohortium.core.models import Network
+from cohortium.core.protection import Aggregation, Compression
 from cohortium.core.random import Randomness
-from cohortium.core.study import Aggregation, Averaging, Compression, Local, Network, Sites, Study
+from cohortium.core.study import Sites, Study
+from cohortium.core.training import Averaging, Local
 from cohortium.engines import local
 from cohortium.guarantees import protection, security
 from cohortium.learning.network import NetworkFit

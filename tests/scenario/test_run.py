@@ -31,6 +31,7 @@ from cohortium.core.errors import (
     SiteError,
     StudyError,
 )
+from cohortium.core.features import Category, Number
 from cohortium.core.layout import pack
 from cohortium.core.messages import (
     Announcement,
@@ -44,8 +45,10 @@ from cohortium.core.messages import (
     ToSite,
     decode_from_site,
 )
+from cohortium.core.models import Penalty, Regression
+from cohortium.core.protection import Aggregation
 from cohortium.core.random import Randomness
-from cohortium.core.study import Aggregation, Category, Number, Penalty, Regression, Sites, Study
+from cohortium.core.study import Sites, Study
 from cohortium.engines import local
 from cohortium.learning.algorithm import PhaseBroadcast
 from cohortium.learning.glm import GlmBroadcast

@@ -13,7 +13,9 @@ from cohortium.cli.results import show_comparison, show_outcome, show_sample
 from cohortium.cli.study import compared
 from cohortium.coordinator.result import as_json as result_json
 from cohortium.coordinator.result import headline
-from cohortium.core.study import Averaging, Local, Network, Server, Study
+from cohortium.core.models import Network
+from cohortium.core.study import Study
+from cohortium.core.training import Averaging, Local, Server
 from cohortium.guarantees import protection
 from cohortium.learning.evaluation import mean_auc
 from cohortium.plan import compile_study

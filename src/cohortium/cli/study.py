@@ -15,8 +15,9 @@ from cohortium.cli.results import show_outcome
 from cohortium.coordinator.result import as_json
 from cohortium.core.document import document, json_schema
 from cohortium.core.errors import StudyError, nearest
+from cohortium.core.features import BinaryTarget
 from cohortium.core.messages import MaskedUpdate
-from cohortium.core.study import BinaryTarget, Study
+from cohortium.core.study import Study
 from cohortium.engines.local import Faults
 from cohortium.guarantees import protection, security
 from cohortium.learning.evaluation import Comparison

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.errors import StudyError, nearest
+from cohortium.core.features import Feature, Number
 from cohortium.core.layout import Floats
-from cohortium.core.study import Feature, Number
 
 Column = NDArray[Any]
 """Numbers as `(n,)` floats with NaN for missing, or labels as `(n,)` objects with None for missing."""

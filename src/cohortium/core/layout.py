@@ -20,6 +20,21 @@ Statistics = Mapping[str, Floats]
 
 
 @dataclass(frozen=True)
+class Noise:
+    """The noise that a block's sum must carry.
+
+    Attributes:
+        norm: the most, in Euclidean norm, that one privacy unit's data at one site add to the block.
+        multiplier: the noise's least standard deviation, relative to the sum's sensitivity.
+        rate: the share of units that a site draws secretly for this sum.
+    """
+
+    norm: float
+    multiplier: float
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
 class Block:
     """One named array of a layout.
 
@@ -29,6 +44,7 @@ class Block:
         bound: at any site no entry's magnitude exceeds it.
         excess: what to do with a larger one: "refuse" sends nothing, "clip" sends the bound.
         labels: what the entries of a vector are, for people; empty where numbers in order say enough.
+        noise: the noise that the sum must carry; None for a sum that is exact but for rounding.
     """
 
     name: str
@@ -36,6 +52,7 @@ class Block:
     bound: float
     excess: Literal["refuse", "clip"] = "refuse"
     labels: tuple[str, ...] = ()
+    noise: Noise | None = None
 
     @property
     def size(self) -> int:

@@ -11,16 +11,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from cohortium.core.events import DpEvent
 from cohortium.core.random import Randomness
 
 Vector = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class DpEvent:
-    """What a release costs in privacy, as data that an accountant reads. No stage makes one yet."""
-
-    mechanism: str
 
 
 class Stage(Protocol):

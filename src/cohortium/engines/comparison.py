@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cohortium.core.errors import CohortiumError
+from cohortium.core.features import BinaryTarget
 from cohortium.core.layout import Floats
 from cohortium.core.random import Randomness
-from cohortium.core.study import BinaryTarget, Study
+from cohortium.core.study import Study
 from cohortium.learning.algorithm import in_the_clear
 from cohortium.learning.alone import narrowed, recoded
 from cohortium.learning.evaluation import Comparison, evaluate

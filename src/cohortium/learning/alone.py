@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from cohortium.core.study import Category, Feature, Number, Study
+from cohortium.core.features import Category, Feature, Number
+from cohortium.core.study import Study
 from cohortium.learning.table import Table
 
 

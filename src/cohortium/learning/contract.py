@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.errors import DataError, nearest
+from cohortium.core.features import BinaryTarget, Category, Feature, Number, NumberTarget, Target
 from cohortium.core.filter import Column, is_missing
 from cohortium.core.layout import Floats
-from cohortium.core.study import BinaryTarget, Category, Feature, Number, NumberTarget, Target
 
 _RAISE = "Correct them, or raise the target's maximum."
 Mask = NDArray[np.bool_]

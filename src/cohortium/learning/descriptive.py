@@ -21,9 +21,10 @@ from typing import Literal
 import numpy as np
 
 from cohortium.core.errors import CohortError, ProtocolError
+from cohortium.core.features import BinaryTarget, Category, Feature, Number, NumberTarget, Target
 from cohortium.core.layout import Block, Floats, Layout, Statistics
+from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
-from cohortium.core.study import BinaryTarget, Category, Descriptive, Feature, Number, NumberTarget, Target
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.disclosure import known_values, suppress
 from cohortium.learning.preprocess import middle_and_half, to_unit

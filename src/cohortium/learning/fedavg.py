@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.errors import CohortError, ConvergenceError, ProtocolError, StudyError
+from cohortium.core.features import BinaryTarget, NumberTarget
 from cohortium.core.layout import Block, Floats, Layout, Statistics
 from cohortium.core.random import Randomness
-from cohortium.core.study import Averaging, BinaryTarget, NumberTarget
+from cohortium.core.training import Averaging
 from cohortium.learning import server
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.network import Activation, NetworkFit

@@ -20,9 +20,11 @@ import numpy as np
 from scipy import special
 
 from cohortium.core.errors import CohortError, ConvergenceError, ProtocolError
+from cohortium.core.features import CountTarget, NumberTarget, Target
 from cohortium.core.layout import Block, Floats, Layout, Statistics
+from cohortium.core.models import Regression
 from cohortium.core.random import Randomness
-from cohortium.core.study import CountTarget, Newton, NumberTarget, Regression, Target
+from cohortium.core.training import Newton
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.preprocess import Encoder, Scale, middle_and_half, to_unit
 from cohortium.learning.table import Table

@@ -13,8 +13,10 @@ from scipy import special
 from cohortium.core import codec
 from cohortium.core.document import document, parse, study_id
 from cohortium.core.errors import CohortiumError, DataError, StudyError
+from cohortium.core.features import BinaryTarget, NumberTarget
 from cohortium.core.layout import Floats
-from cohortium.core.study import BinaryTarget, Network, NumberTarget, Regression, Study
+from cohortium.core.models import Network, Regression
+from cohortium.core.study import Study
 from cohortium.learning.contract import after_missing, conform, raw_columns, typed
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.network import NetworkFit, forward

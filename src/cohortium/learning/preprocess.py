@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 
 from cohortium.core.errors import CohortError, ProtocolError
+from cohortium.core.features import Category, Feature, Number
 from cohortium.core.layout import Block, Floats, Layout, Statistics
 from cohortium.core.random import Randomness
-from cohortium.core.study import Category, Feature, Number
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.table import Table
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cohortium.core.layout import Floats
-from cohortium.core.study import Server
+from cohortium.core.training import Server
 
 
 @dataclass(frozen=True)

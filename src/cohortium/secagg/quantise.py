@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.errors import ProtocolError, StudyError
+from cohortium.core.events import DpEvent
 from cohortium.core.layout import Block, Floats, Layout, size
 from cohortium.core.random import Randomness
-from cohortium.core.stage import DpEvent
 
 Residues = NDArray[np.unsignedinteger[Any]]
 

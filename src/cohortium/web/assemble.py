@@ -1,7 +1,8 @@
 """From a result to the report's sections."""
 
 from cohortium.coordinator.result import Result, headline, losses
-from cohortium.core.study import BinaryTarget, Number, NumberTarget, Study
+from cohortium.core.features import BinaryTarget, Number, NumberTarget
+from cohortium.core.study import Study
 from cohortium.guarantees import protection
 from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison

@@ -1,0 +1,100 @@
+"""How a model trains, and how features reach it."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from cohortium.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newton:
+    """Newton's method with step control, for the regressions."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    algorithm: Literal["newton"] = "newton"
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 25
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """Ends when half the squared Newton decrement falls below this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """Gradient descent on all patients, for the regressions: the form that clips and takes noise well."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    algorithm: Literal["descent"] = "descent"
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 40
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """Step along the mean gradient, on the scale that features are fitted on."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the last step that the next one keeps."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest Euclidean norm of what one privacy unit adds to a gradient; a longer one is scaled down to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot:
+    """AdaSSP: one noisy sum of second moments, then the solution; a logistic model is one Newton step from zero."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    algorithm: Literal["adassp"] = "adassp"
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest Euclidean norm of a record's features with the intercept's 1; a longer one is scaled down to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What a site does in one round of averaging."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    """Gradient steps a round; batches are drawn on from one round to the next."""
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's mu: pulls towards the global model; 0 is FedAvg."""
+    scaffold: bool = False
+    """SCAFFOLD: correct each step by control variates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """How the coordinator applies the sites' mean update (Reddi et al. 2021)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    optimiser: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = "sgd"
+    """sgd is FedAvg, momentum FedAvgM, then FedAdam, FedYogi and FedAdagrad."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    """Adaptivity: added to the root of the second moment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """Federated averaging of local gradient descent, for networks."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    algorithm: Literal["fedavg"] = "fedavg"
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 20
+    local: Local = field(default_factory=Local)
+    server: Server = field(default_factory=Server)
+    update_bound: Annotated[float, Field(gt=0)] = 4.0
+    """Largest change of one parameter in one round; a larger one is clipped at the site."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest Euclidean norm of what one privacy unit adds: of its gradient, or, with unit site, of a site's update."""
+
+
+Training = Annotated[Newton | Descent | OneShot | Averaging, Field(discriminator="algorithm")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How features reach the model; whatever it needs of the data is fitted by secure sums."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    scale: Literal["standard", "range", "none"] = "standard"
+    """Numbers: zero mean and unit variance over all sites, the public range mapped to -1..1, or as they are."""
