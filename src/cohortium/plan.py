@@ -218,9 +218,8 @@ def _algorithm(study: Study, identity: str) -> tuple[Algorithm[Any, Any, Any], A
         return _averaging(study, identity, encoder)
 
     first = Preprocess(cohort.features, cohort.maximum)
-    return Then(first, Fitted, second, 1 if isinstance(training, OneShot) else training.rounds), second(
-        _typical(cohort.features)
-    )
+    rounds = 1 if isinstance(training, OneShot) else training.rounds
+    return Then(first, Fitted, second, rounds), second(_typical(cohort.features))
 
 
 def _averaging(study: Study, identity: str, encoder: Encoder) -> Algorithm[Any, Any, Any]:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from cohortium.core import codec
 from cohortium.core.errors import ProtocolError
+from cohortium.core.events import DpEvent, Gaussian
 from cohortium.core.features import BinaryTarget, Category, CountTarget, Feature, Number, NumberTarget, Target
 from cohortium.core.layout import Block, Layout, entry_names, pack, size, unpack
 from cohortium.core.models import Descriptive, Penalty, Regression
 from cohortium.core.random import Randomness
-from cohortium.core.stage import Chain, DpEvent, Stage, chain
+from cohortium.core.stage import Chain, Stage, chain
 from cohortium.core.training import Averaging, Local, Newton, Server
 from cohortium.learning.algorithm import Algorithm, Then
 from cohortium.learning.descriptive import Describe
@@ -307,7 +308,7 @@ class Halved:
         return total * 2
 
     def events(self) -> tuple[DpEvent, ...]:
-        return (DpEvent("halved"),)
+        return (Gaussian(1.0),)
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ class Turned:
         return total[1:][::-1]
 
     def events(self) -> tuple[DpEvent, ...]:
-        return (DpEvent("turned"),)
+        return (Gaussian(2.0),)
 
 
 DRAWN = Randomness.of_seed(12)

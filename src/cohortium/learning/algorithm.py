@@ -178,13 +178,21 @@ class Then(Generic[R]):
         return algorithm, codec.decode(broadcast.inner, algorithm.broadcast_type)
 
 
-def in_the_clear(algorithm: Algorithm[S, B, R], tables: Sequence[Table], randomness: Randomness) -> R:
+def in_the_clear(
+    algorithm: Algorithm[S, B, R], tables: Sequence[Table], randomness: Randomness, noise: float = 0.0
+) -> R:
     """Runs an algorithm over tables that one process may read, without quantisation or masks.
 
     The reference for what protection costs, and the way to fit one hospital alone or the pooled rows.
+
+    Args:
+        noise: the standard deviation of the normal noise that each sum gets, in units of what its layout asks for: 1
+            is central differential privacy (one unit at one site), the root of the number of sites is what local
+            noise at each of them comes to. This noise is drawn in floating point: for comparisons, not for releases.
     """
     memories: list[Memory] = [{} for _ in tables]
     state = algorithm.init()
+    generator = randomness.child("noise").generator()
     while not algorithm.done(state):
         broadcast = algorithm.broadcast(state)
         total: dict[str, Floats] = {}
@@ -192,5 +200,9 @@ def in_the_clear(algorithm: Algorithm[S, B, R], tables: Sequence[Table], randomn
             mine = randomness.child("site", index)
             statistics, memories[index] = algorithm.local(broadcast, table, memories[index], mine)
             total = {name: total.get(name, 0.0) + np.asarray(value) for name, value in statistics.items()}
+        for block in algorithm.layout(broadcast) if noise else ():
+            if block.noise is not None:
+                deviation = noise * block.noise.multiplier * block.noise.norm
+                total[block.name] = total[block.name] + deviation * generator.standard_normal(block.shape)
         state = algorithm.update(state, total)
     return algorithm.finish(state)
