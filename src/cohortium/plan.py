@@ -4,37 +4,34 @@ Coordinator and sites compile the same canonical bytes, so they agree without ta
 for that this version cannot give is refused here, before any record is read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 from cohortium.core import document
 from cohortium.core.errors import StudyError
-from cohortium.core.features import Category, Feature, Number
+from cohortium.core.events import DpEvent, Events, Repeated, Slack
 from cohortium.core.filter import Filter, compile_filter
-from cohortium.core.layout import Block, Layout, size
+from cohortium.core.layout import Layout, size
 from cohortium.core.messages import MOST_MISSED
-from cohortium.core.models import Descriptive, Network, Regression
+from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, chain
 from cohortium.core.study import Study
-from cohortium.core.training import Averaging, Newton, OneShot
-from cohortium.learning.algorithm import Algorithm, Then
-from cohortium.learning.descriptive import Describe, Summary
-from cohortium.learning.glm import Glm
+from cohortium.learning.algorithm import Algorithm
+from cohortium.learning.descriptive import Summary
 from cohortium.learning.model import GlobalModel
-from cohortium.learning.preprocess import Encoder, Fitted, Preprocess, middle_and_half
+from cohortium.offered import refuse_what_is_not_offered
+from cohortium.promise import NoiseRule, keeps_promise, noise_rule
+from cohortium.recipes import recipe_of
 from cohortium.secagg.compress import Compressed, compressed
-from cohortium.secagg.group import MOST_ENCRYPTING, Group, Tolerance, tolerance
+from cohortium.secagg.group import Group, Tolerance, tolerance
 from cohortium.secagg.masking import Masking
-from cohortium.secagg.quantise import FixedPoint, fixed_point
+from cohortium.secagg.quantise import FixedPoint, fixed_point, no_margin
 from cohortium.secagg.scheme import Scheme
 from cohortium.secagg.stream import PLAIN, Means
 
-MAX_VALUES = 50_000_000
-"""Most numbers that a site sends in a round; a hostile study shall not exhaust a site's memory."""
 _FRAME = 32
 """More than sealing and framing add to a share."""
 
@@ -80,13 +77,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled study. Equal studies give equal plans."""
+    """A compiled study. Equal studies give equal plans. `noise` is None without differential privacy."""
 
     study: Study
     study_id: str
     algorithm: Algorithm[Any, Any, Any]
     phases: tuple[Phase, ...]
     where: Filter | None
+    noise: NoiseRule | None = None
 
     @cached_property
     def rounds(self) -> int:
@@ -114,15 +112,23 @@ class Plan:
         Raises:
             StudyError: the range proof fails for this layout.
         """
-        return _quantiser(self.study, self.study_id, layout)
+        return _quantiser(self.study, self.study_id, layout, self.noise)
 
     def stages(self, layout: Layout) -> Chain:
         """Returns what lies between a site's statistics and the secure sum.
 
         Raises:
-            StudyError: the range proof fails for this layout.
+            StudyError: the range proof fails for this layout, or a study with differential privacy would send an exact
+                number.
         """
-        return chain([self.quantiser(layout)])
+        return _stages(self.quantiser(layout), layout, self.noise)
+
+    @cached_property
+    def releases(self) -> Events:
+        """What a whole run costs in privacy; nothing where the study asks for no differential privacy."""
+        return tuple(
+            _repeated(phase.rounds, event) for phase in self.phases for event in self.stages(phase.layout).events()
+        )
 
     def scheme(self, group: Group, layout: Layout, means: Means = PLAIN) -> Scheme:
         """Returns how the sites of a group protect and sum vectors of this layout."""
@@ -160,13 +166,19 @@ def compile_study(study: Study) -> Plan:
         StudyError: the study asks for what cannot be given, or its range proof fails.
     """
     study = document.parse(document.document(study))
-    _refuse_what_is_not_offered(study)
+    refuse_what_is_not_offered(study)
     identity = document.study_id(study)
     cohort = study.cohort
-    algorithm, second = _algorithm(study, identity)
-    phases = tuple(_phases(study, identity, algorithm, second))
+    recipe, noise = recipe_of(study, identity), noise_rule(study)
+    phases = tuple(
+        Phase(name, layout, rounds, _precision(_quantiser(study, identity, layout, noise)))
+        for name, layout, rounds in recipe.phases
+    )
     where = compile_filter(cohort.where, cohort.features) if cohort.where else None
-    return Plan(study, identity, algorithm, phases, where)
+    plan = Plan(study, identity, recipe.algorithm, phases, where, noise)
+    if noise is not None:
+        keeps_promise(study, plan.releases)
+    return plan
 
 
 def _opening_bytes(scheme: Scheme) -> tuple[int, int, int]:
@@ -178,14 +190,36 @@ def _opening_bytes(scheme: Scheme) -> tuple[int, int, int]:
     return dealt, (32 + 2) * peers, scheme.answer_bytes
 
 
-def _quantiser(study: Study, identity: str, layout: Layout) -> FixedPoint | Compressed:
+def _quantiser(study: Study, identity: str, layout: Layout, noise: NoiseRule | None) -> FixedPoint | Compressed:
     aggregation, sites = study.aggregation, len(study.sites.include)
     if aggregation.compression is not None:
         wanted = aggregation.compression
         signs = Randomness.of_seed(int(identity.removeprefix("sha256:"), 16)).child("signs").bytes(32)
         return compressed(layout, sites, wanted.levels, wanted.rotation, wanted.norm, signs)
     assert aggregation.bits is not None
-    return fixed_point(layout, sites, aggregation.bits)
+    return fixed_point(layout, sites, aggregation.bits, no_margin if noise is None else noise)
+
+
+def _stages(quantiser: FixedPoint | Compressed, layout: Layout, noise: NoiseRule | None) -> Chain:
+    if noise is None:
+        return chain([quantiser])
+    assert isinstance(quantiser, FixedPoint)
+    for block in layout:
+        if block.noise is None:
+            raise StudyError(
+                f"the study asks for differential privacy, and its statistic '{block.name}' carries no noise"
+            )
+    return chain([quantiser, noise.shares(layout, quantiser.exponents, quantiser.bits)])
+
+
+def _repeated(times: int, event: DpEvent) -> DpEvent:
+    if times == 1 or isinstance(event, Repeated):
+        return event
+    return Slack(times * event.delta) if isinstance(event, Slack) else Repeated(times, event)
+
+
+def _precision(stage: FixedPoint | Compressed) -> float | None:
+    return stage.precision if isinstance(stage, FixedPoint) else None
 
 
 def _scheme(protocol: str, group: Group, length: int, bits: int, means: Means) -> Scheme:
@@ -199,120 +233,3 @@ def _scheme(protocol: str, group: Group, length: int, bits: int, means: Means) -
     from cohortium.secagg.ckks import SingleKey
 
     return SingleKey(group, length, bits, means.ckks)
-
-
-def _algorithm(study: Study, identity: str) -> tuple[Algorithm[Any, Any, Any], Algorithm[Any, Any, Any] | None]:
-    """Returns the study's algorithm and, where it has two phases, the second as it would be for a typical cohort."""
-    cohort, scale = study.cohort, study.preprocessing.scale
-    if isinstance(study.model, Descriptive):
-        return Describe(cohort.features, cohort.target, study.model, cohort.maximum), None
-    assert cohort.target is not None and study.training is not None
-    target, training, model = cohort.target, study.training, study.model
-
-    def second(fitted: Fitted) -> Algorithm[Any, Any, Any]:
-        encoder = Encoder(cohort.features, fitted)
-        if isinstance(model, Regression):
-            assert isinstance(training, Newton)
-            return Glm(encoder, target, model, training, scale, cohort.maximum)
-        assert isinstance(model, Network) and isinstance(training, Averaging)
-        return _averaging(study, identity, encoder)
-
-    first = Preprocess(cohort.features, cohort.maximum)
-    rounds = 1 if isinstance(training, OneShot) else training.rounds
-    return Then(first, Fitted, second, rounds), second(_typical(cohort.features))
-
-
-def _averaging(study: Study, identity: str, encoder: Encoder) -> Algorithm[Any, Any, Any]:
-    # PyTorch is an extra, and importing it takes seconds: only a study that needs it pays
-    from cohortium.learning.fedavg import FedAvg, loss_for, mlp
-
-    model, training, target = study.model, study.training, study.cohort.target
-    assert isinstance(model, Network) and isinstance(training, Averaging) and target is not None
-    return FedAvg(
-        module=mlp(len(encoder.columns), model.hidden, model.activation),
-        loss=loss_for(target),  # type: ignore[arg-type]  # a network's target is binary or a number: the study checked
-        features=lambda table: encoder.design(table, study.preprocessing.scale),
-        averaging=training,
-        maximum=study.cohort.maximum,
-        initial=Randomness.of_seed(int(identity.removeprefix("sha256:"), 16)).child("initial weights"),
-    )
-
-
-def _phases(
-    study: Study, identity: str, algorithm: Algorithm[Any, Any, Any], second: Algorithm[Any, Any, Any] | None
-) -> Iterator[Phase]:
-    if second is not None:
-        assert isinstance(algorithm, Then)
-        for name, part in (("preprocessing", algorithm.first), (study.model.kind, second)):
-            state = part.init()
-            yield _phase(study, identity, name, part.layout(part.broadcast(state)), part.progress(state)[0])
-        return
-    assert isinstance(algorithm, Describe)
-    layout = algorithm.layout(algorithm.broadcast(algorithm.init()))
-    yield _phase(study, identity, "statistics", layout, 1)
-    numbers = sum(isinstance(column, Number) for column in algorithm.columns.values())
-    if numbers and algorithm.model.refinements and algorithm.model.quantiles:
-        parts = Block("parts", (numbers * len(algorithm.model.quantiles), algorithm.model.bins), layout[0].bound)
-        yield _phase(study, identity, "quantiles", (parts,), algorithm.model.refinements)
-
-
-def _phase(study: Study, identity: str, name: str, layout: Layout, rounds: int) -> Phase:
-    stage = _quantiser(study, identity, layout)
-    return Phase(name, layout, rounds, stage.precision if isinstance(stage, FixedPoint) else None)
-
-
-def _typical(features: dict[str, Feature]) -> Fitted:
-    """Returns a made-up fit from public ranges alone, to know shapes before any data are read."""
-    ranges = {name: middle_and_half(feature.range) for name, feature in features.items() if isinstance(feature, Number)}
-    return Fitted(
-        means={name: middle for name, (middle, _) in ranges.items()},
-        deviations={name: half for name, (_, half) in ranges.items()},
-        modes={name: 0 for name, feature in features.items() if isinstance(feature, Category)},
-    )
-
-
-def _values(study: Study) -> int:
-    """Returns how many numbers the study's largest vector holds, worked out before anything is allocated."""
-    cohort, model = study.cohort, study.model
-    columns = sum(1 if isinstance(feature, Number) else len(feature.levels) - 1 for feature in cohort.features.values())
-    if isinstance(model, Regression):
-        return (columns + 2) * (columns + 3) // 2
-    if isinstance(model, Network):
-        widths = (columns, *model.hidden, 1)
-        return sum((inner + 1) * outer for inner, outer in pairwise(widths))
-    return (columns + 2 * len(cohort.features)) * max(1, len(model.quantiles)) * model.bins
-
-
-def _refuse_what_is_not_offered(study: Study) -> None:
-    if _values(study) > MAX_VALUES:
-        raise StudyError(
-            f"a site would have to send about {_values(study):.2g} numbers a round, and {MAX_VALUES:.2g} is the most: "
-            "use fewer features, levels, bins or units"
-        )
-    if study.privacy.epsilon is not None or study.privacy.delta is not None:
-        raise StudyError(
-            "privacy.epsilon and privacy.delta ask for differential privacy, which this version cannot give: remove "
-            "them only if the sites accept a result without it"
-        )
-    if study.aggregation.compression is not None and not isinstance(study.model, Network):
-        raise StudyError(
-            f"aggregation.compression rounds model updates, and model '{study.model.kind}' needs every digit of its "
-            "sums: remove it"
-        )
-    scaffold = isinstance(study.training, Averaging) and study.training.local.scaffold
-    if study.aggregation.compression is not None and scaffold:
-        raise StudyError(
-            "aggregation.compression has one scale, and SCAFFOLD's control variates have another than its updates: set "
-            "training.local.scaffold: false, or remove compression"
-        )
-    if study.aggregation.dropouts and scaffold:
-        raise StudyError(
-            "aggregation.dropouts with SCAFFOLD would tell a site's control variate from the sums of two rounds, since "
-            "sites keep theirs whoever survives: set dropouts: 0, or training.local.scaffold: false"
-        )
-    if study.aggregation.protocol == "rlwe" and len(study.sites.include) > MOST_ENCRYPTING:
-        raise StudyError(
-            f"protocol 'rlwe' adds up the encryptions of at most {MOST_ENCRYPTING} sites, and the study names "
-            f"{len(study.sites.include)}: set aggregation.protocol: masking"
-        )
-    tolerance(len(study.sites.include), study.aggregation.dropouts)

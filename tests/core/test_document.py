@@ -91,8 +91,10 @@ def full(model: str, target: str) -> dict[str, Any]:
         "network": {"kind": "network", "hidden": [8, 4], "activation": "tanh"},
         "descriptive": {"kind": "descriptive", "bins": 5, "quantiles": [0.5], "refinements": 1, "small_cells": 3},
     }
-    averaging = {"algorithm": "fedavg", "rounds": 7, "local": local, "server": server, "update_bound": 2.5}
-    training = {"network": averaging, "descriptive": None}.get(model, newton)
+    averaging = {"algorithm": "fedavg", "rounds": 7, "local": local, "server": server, "update_bound": 2.5, "clip": 1.5}
+    descent = {"algorithm": "descent", "rounds": 40, "learning_rate": 0.5, "momentum": 0.5, "clip": 2.0}
+    oneshot = {"algorithm": "adassp", "clip": 3.0}
+    training = {"network": averaging, "descriptive": None, "linear": descent, "poisson": oneshot}.get(model, newton)
     content: dict[str, Any] = {
         "study": "full-1",
         "version": 3,
@@ -109,6 +111,7 @@ def full(model: str, target: str) -> dict[str, Any]:
             "where": "age >= 18",
             "minimum": 30,
             "maximum": 5000,
+            "records": "several",
         },
         "model": models[model],
         "preprocessing": {"scale": "range"},
@@ -119,7 +122,16 @@ def full(model: str, target: str) -> dict[str, Any]:
             "bits": 64,
             "compression": {"levels": 6, "rotation": True, "norm": 2.5},
         },
-        "privacy": {"unit": "patient", "epsilon": 1.5, "delta": 1e-6},
+        "privacy": {
+            "unit": "patient",
+            "epsilon": 1.5,
+            "delta": 1e-6,
+            "neighbouring": "replace",
+            "sites_per_patient": 2,
+            "colluding": 2,
+            "preprocessing": 0.25,
+            "sampling": 1,
+        },
     }
     return {key: value for key, value in content.items() if value is not None}
 
@@ -135,6 +147,17 @@ SCHEMA = json_schema()
 DOCUMENTS = [full(model, target) for model, target in FULL]
 WHOLE = 0
 """The document that has every section of a study."""
+
+
+PRIVACY = {
+    "unit": "patient",
+    "neighbouring": "add-or-remove",
+    "sites_per_patient": 1,
+    "colluding": 1,
+    "preprocessing": 0.1,
+    "sampling": 1,
+}
+"""The section as it is written out where a study only names its unit."""
 
 
 # A canonical form of its own: json.dumps for everything but numbers, and those as ECMAScript writes them.
@@ -236,7 +259,7 @@ class TestCanonicalBytes:
         plain = json.loads(canonical_bytes(PYTHON_STUDY))
         assert plain["aggregation"] == {"bits": 32, "dropouts": 0, "protocol": "masking"}
         assert plain["training"] == {"algorithm": "newton", "rounds": 25, "tolerance": 1e-6}
-        assert plain["privacy"] == {"unit": "patient"}
+        assert plain["privacy"] == PRIVACY
 
     def test_a_study_built_wrongly_in_python_has_no_canonical_bytes(self) -> None:
         for wrong in (
@@ -286,7 +309,9 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
     features = {name: draw(COLUMNS) for name in names[2:]}
     content["cohort"] |= {"patient": names[0], "features": features, "where": draw(st.one_of(TEXT, st.none()))}
     content["cohort"]["target"] = content["cohort"]["target"] | {"name": names[1]}
-    content["privacy"] = draw(st.fixed_dictionaries({"unit": st.just("patient")}, optional={"epsilon": RATE}))
+    content["privacy"] = {"unit": draw(st.sampled_from(["patient", "record", "site"]))}
+    if draw(st.booleans()):
+        content["privacy"] |= {"epsilon": draw(st.floats(1e-3, 1e3)), "delta": draw(st.floats(1e-300, 1e-3))}
     for section in ("preprocessing", "aggregation"):
         if draw(st.booleans()):
             del content[section]
@@ -359,7 +384,7 @@ GOOD = canonical_bytes(PYTHON_STUDY)
         "duplicate": GOOD.replace(b'"bits":32', b'"bits":64,"bits":32'),
         "duplicate name": GOOD[:-1] + b',"study":"creatinine"}',
         "default left out": GOOD.replace(b'"bits":32,', b""),
-        "null": GOOD.replace(b'{"unit":"patient"}', b'{"epsilon":null,"unit":"patient"}'),
+        "null": GOOD.replace(b'"colluding":1,', b'"colluding":1,"epsilon":null,'),
         "order": GOOD.replace(b'"dropouts":0,"protocol":"masking"', b'"protocol":"masking","dropouts":0'),
         "sites' order": GOOD.replace(b'["east","north","west"]', b'["west","north","east"]'),
         "boolean for a number": GOOD.replace(b'"version":1', b'"version":true'),

@@ -81,7 +81,7 @@ def plain_vector(plan: Plan, data: bytes, site: str) -> np.ndarray:
     """Returns what a site encodes for a broadcast, by the pure functions alone."""
     algorithm = plan.algorithm
     broadcast = codec.decode(data, algorithm.broadcast_type)
-    statistics, _ = algorithm.local(broadcast, load(plan, KEPT[site]), {}, Randomness.of_seed(0))
+    statistics, _ = algorithm.local(broadcast, load(plan, KEPT[site]).table, {}, Randomness.of_seed(0))
     layout = algorithm.layout(broadcast)
     vector: np.ndarray = plan.stages(layout).encode(pack(layout, statistics), Randomness.of_seed(0))
     return vector

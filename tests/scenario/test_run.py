@@ -240,7 +240,7 @@ def test_equal_seeds_give_equal_bits_and_others_other_masks(masked_run: Tapped) 
 
 def plain_vectors(run: Tapped) -> list[dict[str, np.ndarray]]:
     """Returns, for each round, each site's encoded vector before masking, by the pure functions alone."""
-    tables = {name: load(run.plan, agent.source) for name, agent in agents_of(run.plan).items()}
+    tables = {name: load(run.plan, agent.source).table for name, agent in agents_of(run.plan).items()}
     vectors = []
     for message in run.sent:
         if isinstance(message, OpenRound):

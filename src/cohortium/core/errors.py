@@ -49,6 +49,17 @@ class PolicyRefused(CohortiumError):
     exit_code = 3
 
 
+class BudgetExceeded(PolicyRefused):
+    """The privacy budget of a site's patients does not suffice.
+
+    The message may hold counts and is meant for the site's own staff; `public` is what others may read and holds none.
+    """
+
+    def __init__(self, message: str, *, public: str) -> None:
+        super().__init__(message)
+        self.public = public
+
+
 class ProtocolError(CohortiumError):
     """A message is malformed, forged, repeated or out of order; nothing was done with it."""
 

@@ -8,7 +8,12 @@ from pydantic import ConfigDict, Field
 
 from cohortium.core.fields import LARGEST, STRICT, require
 
-_WIDTHS: Mapping[str, tuple[int, ...]] = {"masking": (32, 64), "rlwe": (25, 50), "ckks-single-key": (32,)}
+_WIDTHS: Mapping[str, tuple[int, ...]] = {
+    "masking": (32, 64),
+    "rlwe": (25, 50),
+    "ckks-single-key": (32,),
+    "gather": (32, 64),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +41,10 @@ class Aggregation:
     """How the sites' vectors are summed."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    protocol: Literal["masking", "rlwe", "ckks-single-key"] = "masking"
+    protocol: Literal["masking", "rlwe", "ckks-single-key", "gather"] = "masking"
     """Masks that cancel; threshold homomorphic encryption, whose cost does not grow with the number of sites; or, for
-    compatibility, CKKS under a single key: any hospital can decrypt any update it sees."""
+    compatibility, CKKS under a single key: any hospital can decrypt any update it sees. 'gather', each update in the
+    open, is always refused, with the reason."""
     dropouts: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """Sites that may be lost in a round; with more than 0, unmasking takes two more messages of each site."""
     bits: Literal[25, 32, 50, 64] | None = None

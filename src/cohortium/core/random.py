@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from cohortium.core.signature import framed
@@ -38,6 +39,13 @@ class Randomness:
         path = framed(b"child", *(_encoded(label) for label in labels))
         # HKDF-Expand of one block, a tenth of the call's cost
         return Randomness(hmac.digest(self.key, path + b"\x01", "sha256"))
+
+    def stream(self, count: int) -> bytes:
+        """Returns the first `count` bytes of AES-256's keystream under this key, in counter mode from block zero.
+
+        A key that is used so is used for nothing else.
+        """
+        return Cipher(algorithms.AES(self.key), modes.CTR(bytes(16))).encryptor().update(bytes(count))
 
     def bytes(self, count: int) -> bytes:
         """Returns `count` bytes, the same ones each time; at most 8,160."""

@@ -94,11 +94,14 @@ _MODELS = ("federated", "alone", "pooled")
 def _site(plan: Plan, source: DataSource, folds: int, generator: np.random.Generator) -> _Site:
     identifiers, table = assemble(plan, source)
     assert table.target is not None
-    fold = np.empty(table.rows, dtype=np.int64)
-    for level in np.unique(table.target):
-        rows = generator.permutation(np.flatnonzero(table.target == level))
-        fold[rows] = (np.arange(len(rows)) + generator.integers(folds)) % folds
-    return _Site(source, identifiers, table, table.target, fold)
+    # whole patients are held out, never some of a patient's records; the first record says which outcome counts
+    owners = np.arange(table.rows) if table.patient is None else table.patient
+    first = np.unique(owners, return_index=True)[1]
+    outcome, fold = table.target[first], np.empty(len(first), dtype=np.int64)
+    for level in np.unique(outcome):
+        mine = generator.permutation(np.flatnonzero(outcome == level))
+        fold[mine] = (np.arange(len(mine)) + generator.integers(folds)) % folds
+    return _Site(source, identifiers, table, table.target, fold[owners])
 
 
 def _score_alone(study: Study, training: Table, rows: Table, randomness: Randomness) -> Floats:

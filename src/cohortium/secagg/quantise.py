@@ -94,8 +94,9 @@ class FixedPoint:
                     np.rint(rounded, out=rounded)
                 else:
                     assert drawn is not None
-                    rounded += drawn.random(len(part))
-                    np.floor(rounded, out=rounded)
+                    # the same as rounding down after adding 1 - u, without a sum that floating point would round
+                    whole = np.floor(rounded)
+                    rounded = whole + (drawn.random(len(part)) < rounded - whole)
                 signed[start : start + len(part)] = rounded
             first = last
         return signed.view(residue_kind(self.bits))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cohortium.core import codec
 from cohortium.core.document import MAX_DOCUMENT_BYTES, study_id_of
@@ -14,6 +15,7 @@ from cohortium.core.errors import (
     RoundRefused,
     SiteError,
 )
+from cohortium.core.events import Events
 from cohortium.core.messages import (
     CONTROL_BYTES,
     CloseRun,
@@ -29,9 +31,10 @@ from cohortium.core.random import Randomness
 from cohortium.learning.table import Table
 from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.secagg.stream import PLAIN, Means
-from cohortium.site.cohort import load
+from cohortium.site.cohort import Roster, load
 from cohortium.site.ports import DataSource
-from cohortium.site.session import LoadCohort, Membership, Session, step
+from cohortium.site.session import Charge, LoadCohort, Membership, Send, Session, step
+from cohortium.site.spending import price, remaining, units
 
 _MOST_RUNS = 16
 """Runs at a time; one that is opened beyond them ends the oldest."""
@@ -50,6 +53,9 @@ class Agent:
             the same one over other survivors.
         randomness: the root of the coming runs' keys, from the operating system outside simulations. Opening a run
             moves it on, so that a run's keys cannot be had from what is kept.
+        ledger: what each patient's data have cost in privacy so far, over all studies. Without one, no study that
+            spends a budget is answered.
+        policy: what the site's steward allows a study to ask in privacy.
         compiler: turns a study into a plan.
         means: how this machine masks.
         failure: the last failure in full, for the site's own staff; the coordinator gets its public half.
@@ -61,9 +67,11 @@ class Agent:
     randomness: Randomness
     compiler: Compiler = compile_study
     means: Means = PLAIN
+    ledger: Any = None
+    policy: Any = None
     failure: Exception | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
-    _cohorts: dict[str, tuple[str, Table]] = field(default_factory=dict, repr=False)
+    _cohorts: dict[str, tuple[str, Roster]] = field(default_factory=dict, repr=False)
     _served: dict[str, str] = field(default_factory=dict)
     _latest: Table | None = field(default=None, repr=False)
 
@@ -97,21 +105,47 @@ class Agent:
             raise ProtocolError("no run has read this site's cohort yet")
         return self._latest
 
-    def _cohort(self, run: str, plan: Plan) -> Table:
+    def _cohort(self, run: str, effect: LoadCohort) -> Table:
         """Returns the plan's cohort at this site, the same throughout a run.
 
         Raises:
             DataError: the data break the study's contract, or have changed since the run was opened: the difference
                 of two rounds' sums could be a single patient.
+            PolicyRefused: too few patients have enough of their privacy budget left.
         """
         now = self.source.fingerprint()
         if run not in self._cohorts:
-            self._latest = load(plan, self.source)
-            self._cohorts[run] = now, self._latest
+            if self.policy is not None:
+                self.policy.admit(effect.plan.study)
+            roster = self._affordable(effect.plan, load(effect.plan, self.source), effect.cost)
+            self._cohorts[run] = now, roster
+            self._latest = roster.table
         elif self._cohorts[run][0] != now:
             reason = "the data changed during the run"
             raise DataError(f"{reason}. Nothing more was sent. Run the study again.", public=reason)
-        return self._cohorts[run][1]
+        return self._cohorts[run][1].table
+
+    def _affordable(self, plan: Plan, roster: Roster, cost: Events) -> Roster:
+        """Returns those of a cohort's patients who can pay for a whole run."""
+        if not cost:
+            return roster
+        study = plan.study
+        return remaining(study, roster, self._kept().affordable(units(study, roster), price(study, roster, cost)))
+
+    def _charged(self, run: str, effect: Charge) -> Table:
+        """Charges a round to the cohort's patients and returns the table of those who could pay."""
+        self._cohort(run, LoadCohort(effect.plan, ()))
+        study, roster = effect.plan.study, self._cohorts[run][1]
+        cost = price(study, roster, effect.cost)
+        paid = self._kept().charge(run, effect.plan.study_id, effect.round, units(study, roster), cost)
+        return remaining(study, roster, paid).table
+
+    def _kept(self) -> Any:
+        if self.ledger is None:
+            raise PolicyRefused(
+                "the study was refused: it spends its patients' privacy budget, and this site keeps no ledger of it"
+            )
+        return self.ledger
 
     def _answers(self, message: ToSite) -> list[FromSite]:
         if isinstance(message, OpenRun):
@@ -127,10 +161,13 @@ class Agent:
             session, effects = step(session, events.pop())
             self._sessions[message.run] = session
             for effect in effects:
-                if isinstance(effect, LoadCohort):
-                    events.append(self._cohort(message.run, effect.plan))
-                else:
-                    answers.append(effect.message)
+                match effect:
+                    case LoadCohort():
+                        events.append(self._cohort(message.run, effect))
+                    case Charge():
+                        events.append(self._charged(message.run, effect))
+                    case Send():
+                        answers.append(effect.message)
         if session.over:
             self._forget(message.run)
         return answers

@@ -1,7 +1,7 @@
 """From a dataset to the study's cohort at this site: filter, contract, patients counted once, and enough of them."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -37,19 +37,37 @@ class Subset:
         return f"{self.source.fingerprint()} {hash(self.keep)}"
 
 
-def load(plan: Plan, source: DataSource) -> Table:
-    """Returns the cohort as `assemble` does, if the site has enough patients for the study and not too many.
+@dataclass(frozen=True)
+class Roster:
+    """A cohort's patients by their identifiers, and their records. It stays at the site.
+
+    Attributes:
+        patients: the identifiers, as text; `table.patient` counts in this order.
+    """
+
+    patients: Column = field(repr=False)
+    table: Table
+
+    def only(self, stay: np.ndarray) -> "Roster":
+        """Returns the roster of some of the patients, `stay` being a mask over them."""
+        owners = self.table.patient
+        rows = stay if owners is None else stay[owners]
+        return Roster(self.patients[stay], self.table.take(rows))
+
+
+def load(plan: Plan, source: DataSource) -> Roster:
+    """Returns the cohort, if the site has enough patients for the study and not too many records.
 
     Raises:
         DataError: the data break the contract, no patient passes, or there are too few or too many.
     """
-    _, table = assemble(plan, source)
-    _enough(table.rows, plan.study.cohort.minimum, plan.study.cohort.maximum)
-    return table
+    identifiers, table = assemble(plan, source)
+    _enough(table, plan.study.cohort.minimum, plan.study.cohort.maximum)
+    return Roster(identifiers if table.patient is None else np.unique(identifiers), table)
 
 
 def assemble(plan: Plan, source: DataSource) -> tuple[Column, Table]:
-    """Returns the identifiers (as text) and the rows of the cohort's patients, as the data contract describes them.
+    """Returns the cohort's records, as the data contract describes them, and whose they are, as text.
 
     Raises:
         DataError: the data break the contract.
@@ -61,7 +79,7 @@ def assemble(plan: Plan, source: DataSource) -> tuple[Column, Table]:
         passes = plan.where(columns)
         columns = {name: column[passes] for name, column in columns.items()}
         raw = {name: column[passes] for name, column in raw.items()}
-    _one_row_each(cohort.patient, raw)
+    _identified(cohort.patient, raw, cohort.records == "one")
     conformed = {name: conform(name, feature, columns[name]) for name, feature in cohort.features.items()}
     stay = np.ones(len(raw[cohort.patient]), dtype=bool)
     for name, feature in cohort.features.items():
@@ -70,28 +88,35 @@ def assemble(plan: Plan, source: DataSource) -> tuple[Column, Table]:
     if cohort.target is not None:
         target = conform_target(cohort.target, raw[cohort.target.name])
         stay &= after_missing(cohort.target.name, cohort.target.missing, target, "exclude")
-    return raw[cohort.patient][stay], Table(len(stay), conformed, target).take(stay)
+    identifiers = raw[cohort.patient][stay]
+    owners = np.unique(identifiers, return_inverse=True)[1] if cohort.records == "several" else None
+    return identifiers, replace(Table(len(stay), conformed, target).take(stay), patient=owners)
 
 
-def _one_row_each(patient: str, raw: Mapping[str, Column]) -> None:
+def _identified(patient: str, raw: Mapping[str, Column], once: bool) -> None:
     identifiers = raw[patient]
     missing = is_missing(identifiers)
     if missing.any():
         reason = f"column '{patient}' lacks the identifier of some patients"
         raise DataError(f"{reason} ({missing.sum()} rows). Nothing was sent. Complete it.", public=reason)
-    repeated = len(identifiers) - len(np.unique(identifiers))
+    repeated = len(identifiers) - len(np.unique(identifiers)) if once else 0
     if repeated:
         reason = f"column '{patient}' names some patients more than once, and a row must be one patient"
-        raise DataError(f"{reason} ({repeated} repeated rows). Nothing was sent. Keep one row for each.", public=reason)
+        raise DataError(
+            f"{reason} ({repeated} repeated rows). Nothing was sent. Keep one row for each, or let the study say "
+            "cohort.records: several.",
+            public=reason,
+        )
 
 
-def _enough(rows: int, minimum: int, maximum: int) -> None:
-    if rows == 0:
+def _enough(table: Table, minimum: int, maximum: int) -> None:
+    what = "patients" if table.patient is None else "records"
+    if table.rows == 0:
         reason = "no patients pass the study's filter"
         raise DataError(f"{reason}. Nothing was sent. Check cohort.where and the data's units.", public=reason)
-    if rows < minimum:
+    if table.patients < minimum:
         reason = f"fewer patients than the study's minimum of {minimum}"
-        raise DataError(f"{rows} patients pass, {reason}. Nothing was sent.", public=reason)
-    if rows > maximum:
-        reason = f"more patients than the study's maximum of {maximum}, on which its range proof rests"
-        raise DataError(f"{rows} patients pass, {reason}. Nothing was sent. Raise cohort.maximum.", public=reason)
+        raise DataError(f"{table.patients} patients pass, {reason}. Nothing was sent.", public=reason)
+    if table.rows > maximum:
+        reason = f"more {what} than the study's maximum of {maximum}, on which its range proof rests"
+        raise DataError(f"{table.rows} {what} pass, {reason}. Nothing was sent. Raise cohort.maximum.", public=reason)

@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from cohortium.core import codec
 from cohortium.core.document import from_canonical
 from cohortium.core.errors import ProtocolError, Repeated
-from cohortium.core.layout import pack
+from cohortium.core.events import Events
+from cohortium.core.layout import Layout, pack
 from cohortium.core.messages import (
     Announcement,
     CloseRun,
@@ -57,9 +58,24 @@ class Membership:
 
 @dataclass(frozen=True)
 class LoadCohort:
-    """Effect: read the cohort of the plan, and answer with a `Table`."""
+    """Effect: read the cohort of the plan, and answer with a `Table`.
+
+    Attributes:
+        cost: at the start of a run what all of it may cost in privacy: who cannot pay for that is left out.
+    """
 
     plan: Plan
+    cost: Events
+
+
+@dataclass(frozen=True)
+class Charge:
+    """Effect: charge each patient of the run's cohort for a round before anything of it leaves, and answer with a
+    `Table` of those who could pay. The answer must not come before the charge would survive a crash."""
+
+    plan: Plan
+    round: int
+    cost: Events
 
 
 @dataclass(frozen=True)
@@ -69,8 +85,23 @@ class Send:
     message: FromSite
 
 
-Effect = LoadCohort | Send
+Effect = LoadCohort | Charge | Send
 Event = ToSite | Table
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A round that this site is about to contribute to; what is asked for was admitted.
+
+    Attributes:
+        broadcast, layout: what the algorithm asks for, and the shape of the answer.
+        history: what stands for all broadcasts up to this one.
+    """
+
+    round: int
+    broadcast: Any
+    history: bytes
+    layout: Layout
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -89,7 +120,7 @@ class Session(msgspec.Struct, frozen=True):
     private: X25519PrivateKey | None = None
     announced: Announcement | None = None
     member: Member | None = None
-    waiting: OpenRound | None = None
+    asked: Asked | None = None
     before: Any = None
     history: bytes = b""
     memory: Memory = msgspec.field(default_factory=dict)
@@ -118,12 +149,12 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
             return _announce(session)
         case KeySet() if session.announced is not None:
             return _agree(session, event)
-        case OpenRound() if session.member is not None and session.waiting is None:
+        case OpenRound() if session.member is not None and session.asked is None:
             return _open_round(session, event)
         case Survivors() | Endorsed() if session.member is not None:
             return _open_sum(session, session.member, event)
-        case Table() if session.waiting is not None:
-            return _contribute(session, session.waiting, event)
+        case Table() if session.asked is not None:
+            return _contribute(session, session.asked, event)
         case CloseRun():
             blank = Randomness(bytes(32))
             ended = replace(session, over=True, private=None, member=None, before=None, memory={})
@@ -135,9 +166,8 @@ def _open_run(session: Session, message: OpenRun) -> tuple[Session, list[Effect]
     plan = session.compiler(from_canonical(message.study))
     if session.membership.site not in plan.sites:
         raise ProtocolError("the study was refused: it does not include this site")
-    return replace(session, plan=plan, run=message.run, training=session.randomness.child("training")), [
-        LoadCohort(plan)
-    ]
+    opened = replace(session, plan=plan, run=message.run, training=session.randomness.child("training"))
+    return opened, [LoadCohort(plan, plan.releases)]
 
 
 def _announce(session: Session) -> tuple[Session, list[Effect]]:
@@ -172,35 +202,39 @@ def _agree(session: Session, message: KeySet) -> tuple[Session, list[Effect]]:
 
 def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effect]]:
     assert session.plan is not None and session.member is not None
-    last, earliest = session.member.last_round, opened.round - len(opened.missed)
+    plan, last = session.plan, session.member.last_round
+    earliest = opened.round - len(opened.missed)
     if opened.round <= last:
         raise Repeated(f"round {opened.round} was refused: round {last} is already protected")
-    if not earliest <= last + 1 or opened.round > session.plan.rounds:
+    if not earliest <= last + 1 or opened.round > plan.rounds:
         raise ProtocolError(f"round {opened.round} was refused: it is out of order or beyond the study's rounds")
-    if opened.missed and not session.plan.study.aggregation.dropouts:
+    if opened.missed and not plan.study.aggregation.dropouts:
         raise ProtocolError(f"round {opened.round} was refused: the study lets no site miss a round")
-    # it may have contributed to a round in which its contribution was lost
-    unseen = replace(opened, missed=opened.missed[last + 1 - earliest :])
-    return replace(session, waiting=unseen), [LoadCohort(session.plan)]
-
-
-def _contribute(session: Session, opened: OpenRound, table: Table) -> tuple[Session, list[Effect]]:
-    plan, member = session.plan, session.member
-    assert plan is not None and member is not None and session.training is not None
     algorithm, before, history = plan.algorithm, session.before, session.history
-    # what overflows becomes infinite, and encoding refuses that
+    # it may have contributed to a round in which its contribution was lost
+    unseen = opened.missed[last + 1 - earliest :]
     with session.means.training, np.errstate(all="ignore"):
-        for data in (*opened.missed, opened.broadcast):
+        for data in (*unseen, opened.broadcast):
             broadcast = codec.decode(data, algorithm.broadcast_type)
             algorithm.admit(broadcast, before)
             before, history = broadcast, keys.history(history, data)
         layout = algorithm.layout(broadcast)
-        statistics, memory = algorithm.local(broadcast, table, session.memory, session.training)
-    own = session.randomness.child("round", opened.round)
+    cost = plan.stages(layout).events()
+    asked = replace(session, asked=Asked(opened.round, broadcast, history, layout))
+    return asked, [Charge(plan, opened.round, cost) if cost else LoadCohort(plan, ())]
+
+
+def _contribute(session: Session, asked: Asked, table: Table) -> tuple[Session, list[Effect]]:
+    plan, member, layout = session.plan, session.member, asked.layout
+    assert plan is not None and member is not None and session.training is not None
+    # what overflows becomes infinite, and encoding refuses that
+    with session.means.training, np.errstate(all="ignore"):
+        statistics, memory = plan.algorithm.local(asked.broadcast, table, session.memory, session.training)
+    own = session.randomness.child("round", asked.round)
     encoded = plan.stages(layout).encode(pack(layout, statistics), own)
     scheme = plan.scheme(member.group, layout, session.means)
-    update, member = member.protect(opened.round, history, scheme, encoded, own)
-    later = replace(session, member=member, waiting=None, before=broadcast, history=history, memory=memory)
+    update, member = member.protect(asked.round, asked.history, scheme, encoded, own)
+    later = replace(session, member=member, asked=None, before=asked.broadcast, history=asked.history, memory=memory)
     return later, [Send(update)]
 
 
