@@ -1,17 +1,25 @@
 """The only place that chooses adapters, the clock and the source of randomness."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cohortium.adapters import bundled, files, machine
+from cohortium.adapters import bundled, files, home, machine
+from cohortium.adapters.home import SiteHome
+from cohortium.adapters.ledger import SqliteLedger, in_memory
+from cohortium.adapters.ledger_file import Keeper
 from cohortium.adapters.sources import FileSource, FrameSource
 from cohortium.coordinator.result import Result, Simulated, as_json
+from cohortium.core import signature
 from cohortium.core.errors import StudyError, nearest
 from cohortium.core.features import BinaryTarget
 from cohortium.core.messages import FromSite, MaskedUpdate
@@ -24,8 +32,11 @@ from cohortium.learning.descriptive import Summary
 from cohortium.learning.evaluation import Comparison
 from cohortium.learning.model import GlobalModel
 from cohortium.plan import Compiler, Plan, compile_study
+from cohortium.privacy.calibrate import Budget
 from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.agent import Agent
+from cohortium.site.budget import Accounts
+from cohortium.site.policy import PrivacyPolicy
 from cohortium.site.ports import DataSource
 from cohortium.site.session import Membership
 
@@ -82,6 +93,7 @@ def simulate(
     keep_sample: bool = False,
     progress: local.Progress | None = None,
     faults: local.Faults | None = None,
+    homes: str | Path | None = None,
 ) -> Result:
     """Runs a study in this process, through the messages and state machines that a network would carry.
 
@@ -96,17 +108,34 @@ def simulate(
             shows that site's own sums.
         progress: called after each round.
         faults: called with a site and a message to or from it; says whether it is lost, to see what dropouts do.
+        homes: a folder with a home for each site, whose policy then rules and whose ledger is charged; a site that has
+            none yet gets one. Without it, nothing limits a site, and its ledger is forgotten.
 
     Raises:
         StudyError: the study cannot be run, or the sites are not those of the study.
+        PolicyRefused: a site's policy refuses the study, or its patients' budget is spent.
         SiteError: a site's data do not fit the study.
         CohortError, ConvergenceError: the data taken together cannot answer the study.
     """
     plan = compile_study(study)
     root = _seeded(seed)
     means = _means(plan)
-    agents = simulated_agents(plan, sites, root, means=means[0])
-    first = plan.sites[0]
+    with ExitStack() as stack:
+        kept = {name: stack.enter_context(_home(plan, name, root, homes)) for name in plan.sites}
+        agents = simulated_agents(plan, sites, root, means=means[0], homes=kept)
+        return _simulated(plan, agents, seed, means[1], keep_sample, progress, faults)
+
+
+def _simulated(
+    plan: Plan,
+    agents: Mapping[str, Agent],
+    seed: int,
+    means: Means,
+    keep_sample: bool,
+    progress: local.Progress | None,
+    faults: local.Faults | None,
+) -> Result:
+    root, first = _seeded(seed), plan.sites[0]
     masked: list[MaskedUpdate] = []
 
     def keep_one(message: FromSite) -> None:
@@ -120,15 +149,16 @@ def simulate(
         _run_name(root),
         time.perf_counter,
         coordinator_key(root),
-        means[1],
+        means,
         tap=tap,
         progress=progress,
         faults=faults,
         pool=machine.threads("sites"),
     )
     took_part = {site for record in result.rounds for site in record.survivors}
-    patients = {name: agents[name].table.rows for name in plan.sites if name in took_part}
-    sample = local.sample(plan, masked[0], agents[first].table) if masked else None
+    patients = {name: agents[name].table.patients for name in plan.sites if name in took_part}
+    # with noise there is no vector to show: what a site adds to its own sums is its secret
+    sample = local.sample(plan, masked[0], agents[first].table) if masked and not plan.noise else None
     return replace(result, simulated=Simulated(seed=seed, patients=patients, sample=sample))
 
 
@@ -203,11 +233,14 @@ def simulated_agents(
     compiler: Compiler = compile_study,
     means: Means = PLAIN,
     runs: int = 1,
+    homes: Mapping[str, SiteHome | None] | None = None,
 ) -> dict[str, Agent]:
     """Returns one agent for each site of the study, with identities that follow from `root`.
 
-    Each of them serves `runs` runs of the study and nothing else.
+    Each of them serves `runs` runs of the study and nothing else. `homes` holds each site's policy and ledger; without
+    them, no study with differential privacy is answered.
     """
+    rules = {name: kept for name, kept in (homes or {}).items() if kept is not None}
     _require_sites(plan, sites)
     identities = {
         name: Ed25519PrivateKey.from_private_bytes(root.child("identity", name).bytes(32)) for name in plan.sites
@@ -223,6 +256,8 @@ def simulated_agents(
             root.child("site", name),
             compiler,
             means,
+            rules[name].ledger if name in rules else None,
+            rules[name].policy if name in rules else PrivacyPolicy(),
         )
         for name, identity in identities.items()
     }
@@ -244,6 +279,16 @@ def _means(plan: Plan) -> tuple[Means, Means]:
 
     secret, public = make_keys()
     return replace(site, ckks=secret), replace(coordinator, ckks=public)
+
+
+def _home(plan: Plan, name: str, root: Randomness, homes: str | Path | None) -> AbstractContextManager[SiteHome | None]:
+    """Returns a simulated site's home: one in the folder `homes`, made if it is not there, or one that is forgotten."""
+    if homes is None:
+        return SiteHome(PrivacyPolicy(), simulated_ledger(root.child("site", name))) if plan.noise else nullcontext()
+    folder = Path(homes) / name
+    if not (folder / home.LEDGER).exists():
+        create_home(folder)
+    return open_home(folder)
 
 
 def _report(result: Result, comparison: tuple[Comparison, ...]) -> bytes:
@@ -271,3 +316,61 @@ def _seeded(seed: int) -> Randomness:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise StudyError(f"the seed is {seed!r}: give a whole number from 0 up")
     return Randomness.of_seed(seed)
+
+
+def create_home(path: str | Path) -> list[Path]:
+    """Begins a site's home, a folder: an empty privacy ledger, its key, and a policy to edit. Returns what it wrote.
+
+    Raises:
+        SiteError: there is a ledger or a key already, or the folder cannot be written.
+    """
+    key = os.urandom(32)  # noqa: TID251  the ledger's key comes from the operating system, and here it is chosen
+    return home.create(Path(path), Keeper(key, _now))
+
+
+def open_home(path: str | Path, identity: Ed25519PrivateKey | None = None) -> SiteHome:
+    """Opens a site's home for an agent; close it, or use it in a `with` statement.
+
+    Args:
+        path: the folder that `create_home` made.
+        identity: the site's signing key, with which the ledger's entries are signed.
+
+    Raises:
+        SiteError: something is missing or cannot be relied on. Nothing is made anew.
+    """
+    sign = partial(signature.sign, identity, "ledger entry") if identity else None
+    return home.opened(Path(path), _now, sign)
+
+
+def load_policy(path: str | Path) -> PrivacyPolicy:
+    """Returns the policy of a site's home; without a file, the one that limits nothing.
+
+    Raises:
+        SiteError: the folder is missing, or the file is no policy.
+    """
+    return home.policy_of(Path(path))
+
+
+def read_accounts(path: str | Path, *, verify: bool = False) -> tuple[PrivacyPolicy, Accounts]:
+    """Returns a site's policy and what its ledger holds. Nothing in the folder is touched.
+
+    Args:
+        path: the site's home.
+        verify: compute the whole ledger again, to find what was changed.
+
+    Raises:
+        SiteError: there is no ledger, or it is not as it was written.
+    """
+    with home.reading(Path(path), _now) as site:
+        if verify:
+            site.ledger.verify()
+        return site.policy, site.ledger.accounts()
+
+
+def simulated_ledger(root: Randomness, budget: Budget | None = None) -> SqliteLedger:
+    """Returns an empty ledger in memory, for a site of a simulation; close it after the run."""
+    return in_memory(Keeper(root.child("ledger").bytes(32), _now), budget)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)  # noqa: TID251  the clock is chosen here

@@ -1,11 +1,12 @@
 """What a study's `privacy` section comes to: the noise that each phase needs, and the proof that the promise is kept.
 
-A share of delta, `SLACK`, is set aside for what else may go wrong: a dithered rounding that adds more to a vector's norm
-than its bound says, and the sampler's precision. The rest is calibrated to.
+A share of delta, `SLACK`, is set aside for what else may go wrong: a dithered rounding that adds more to a vector's
+norm than its bound says, and the sampler's precision. The rest is calibrated to.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,15 @@ def noise_rule(study: Study) -> NoiseRule | None:
     beta = SLACK * budget.delta / (2 * (_rounds(study) + 1) * blocks * privacy.sites_per_patient)
     factor = 2 if privacy.neighbouring == "replace" else 1
     return NoiseRule(least - privacy.colluding, factor, privacy.sites_per_patient, beta)
+
+
+def spread(study: Study) -> float:
+    """Returns the most deviation that a sum's noise has, in units of its multiplier times a unit's norm.
+
+    More shares than those that count are in it, and a change may be larger than what one unit adds at one site.
+    """
+    rule = noise_rule(study)
+    return rule.factor * rule.copies * math.sqrt(len(study.sites.include) / rule.honest) if rule else 1.0
 
 
 def keeps_promise(study: Study, releases: Events) -> None:

@@ -14,10 +14,14 @@ from cohortium.core.random import Randomness
 from cohortium.core.study import Study
 from cohortium.core.training import Averaging, Descent, Newton, OneShot
 from cohortium.learning.algorithm import Algorithm, Then
+from cohortium.learning.descent import GradientDescent
 from cohortium.learning.descriptive import Describe
 from cohortium.learning.glm import Glm
+from cohortium.learning.oneshot import OneShotRegression
 from cohortium.learning.preprocess import Encoder, Fitted, Preprocess, middle_and_half
-from cohortium.promise import schedule_of
+from cohortium.learning.private_descriptive import PrivateDescribe
+from cohortium.learning.private_preprocess import PrivatePreprocess
+from cohortium.promise import schedule_of, spread
 
 if TYPE_CHECKING:
     from cohortium.privacy.calibrate import Schedule
@@ -52,15 +56,13 @@ def recipe_of(study: Study, identity: str) -> Recipe:
 
 def _describe(study: Study, model: Descriptive, plan: Schedule | None) -> Recipe:
     cohort = study.cohort
-    if plan is not None:
-        from cohortium.learning.private_descriptive import PrivateDescribe
-
-        private = PrivateDescribe(
-            cohort.features, cohort.target, model, cohort.maximum, study.privacy.unit, plan.training
-        )
-        return Recipe(private, (_phase("statistics", private),))
-    algorithm = Describe(cohort.features, cohort.target, model, cohort.maximum)
-    return Recipe(algorithm, tuple(_description(algorithm)))
+    if plan is None:
+        algorithm = Describe(cohort.features, cohort.target, model, cohort.maximum)
+        return Recipe(algorithm, tuple(_description(algorithm)))
+    private = PrivateDescribe(
+        cohort.features, cohort.target, model, cohort.maximum, study.privacy.unit, plan.training, spread(study)
+    )
+    return Recipe(private, (_phase("statistics", private),))
 
 
 def _description(algorithm: Describe) -> Iterator[Shape]:
@@ -73,20 +75,17 @@ def _description(algorithm: Describe) -> Iterator[Shape]:
 
 
 def _preprocess(study: Study, plan: Schedule | None) -> AnyAlgorithm:
-    cohort = study.cohort
+    cohort, scale = study.cohort, study.preprocessing.scale
     if plan is None:
         return Preprocess(cohort.features, cohort.maximum)
-    assert plan.preprocessing is not None
-    from cohortium.learning.private_preprocess import PrivatePreprocess
-
     return PrivatePreprocess(
-        cohort.features, cohort.maximum, study.preprocessing.scale, study.privacy.unit, plan.preprocessing
+        cohort.features, cohort.maximum, scale, study.privacy.unit, plan.preprocessing, spread(study)
     )
 
 
 def _model(study: Study, identity: str, plan: Schedule | None, fitted: Fitted) -> AnyAlgorithm:
     """Returns the algorithm that trains the study's model once preprocessing is fitted."""
-    cohort, model, training = study.cohort, study.model, study.training
+    cohort, model, training, privacy = study.cohort, study.model, study.training, study.privacy
     encoder, scale = Encoder(cohort.features, fitted), study.preprocessing.scale
     assert cohort.target is not None
     noise = None if plan is None else plan.training
@@ -96,23 +95,13 @@ def _model(study: Study, identity: str, plan: Schedule | None, fitted: Fitted) -
     if isinstance(training, Newton):
         return Glm(encoder, cohort.target, model, training, scale, cohort.maximum)
     if isinstance(training, Descent):
-        from cohortium.learning.descent import GradientDescent
-
+        rate = privacy.sampling
         return GradientDescent(
-            encoder,
-            cohort.target,
-            model,
-            training,
-            scale,
-            cohort.maximum,
-            study.privacy.unit,
-            noise,
-            study.privacy.sampling,
+            encoder, cohort.target, model, training, scale, cohort.maximum, privacy.unit, noise, rate
         )
     assert isinstance(training, OneShot)
-    from cohortium.learning.oneshot import OneShotRegression
-
-    return OneShotRegression(encoder, cohort.target, model, training, scale, cohort.maximum, study.privacy.unit, noise)
+    most = spread(study)
+    return OneShotRegression(encoder, cohort.target, model, training, scale, cohort.maximum, privacy.unit, noise, most)
 
 
 def _averaging(study: Study, identity: str, encoder: Encoder, noise: float | None) -> AnyAlgorithm:
@@ -125,11 +114,25 @@ def _averaging(study: Study, identity: str, encoder: Encoder, noise: float | Non
     loss = loss_for(target)  # type: ignore[arg-type]  # a network's target is binary or a number: the study checked
     features = partial(encoder.design, scale=study.preprocessing.scale)
     initial = Randomness.of_seed(int(identity.removeprefix("sha256:"), 16)).child("initial weights")
-    if noise is None:
-        return FedAvg(module, loss, features, training, study.cohort.maximum, initial)
+    maximum, privacy = study.cohort.maximum, study.privacy
+    if training.clip is None:
+        return FedAvg(module, loss, features, training, maximum, initial)
     from cohortium.learning.private_fedavg import PrivateFedAvg
 
-    return PrivateFedAvg(module, loss, features, training, study.cohort.maximum, initial)
+    patients, sites = encoder.fitted.patients, len(study.sites.include)
+    return PrivateFedAvg(
+        module,
+        loss,
+        features,
+        training,
+        maximum,
+        initial,
+        privacy.unit,
+        noise,
+        privacy.sampling,
+        patients or 1.0,
+        sites,
+    )
 
 
 def _phase(name: str, algorithm: AnyAlgorithm) -> Shape:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,16 @@ from cohortium.core.layout import Block, Layout, entry_names, pack, size, unpack
 from cohortium.core.models import Descriptive, Penalty, Regression
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, Stage, chain
-from cohortium.core.training import Averaging, Local, Newton, Server
+from cohortium.core.training import Averaging, Descent, Local, Newton, OneShot, Server
 from cohortium.learning.algorithm import Algorithm, Then
+from cohortium.learning.descent import DescentBroadcast, GradientDescent
 from cohortium.learning.descriptive import Describe
 from cohortium.learning.glm import Glm
+from cohortium.learning.oneshot import OneShotRegression
 from cohortium.learning.preprocess import Encoder, Fitted, Preprocess
-from cohortium.learning.table import Table, pooled
+from cohortium.learning.private_descriptive import PrivateDescribe
+from cohortium.learning.private_preprocess import PrivatePreprocess
+from cohortium.learning.table import Table, Unit, pooled
 from cohortium.secagg.quantise import fixed_point
 
 MAXIMUM = 60
@@ -113,6 +117,39 @@ def averaging(scaffold: bool = False, clipped: bool = False) -> Any:
     )
 
 
+def descent(kind: Any, target: Target, multiplier: Any = None, rate: float = 1.0, **other: Any) -> GradientDescent:
+    model = Regression(kind=kind, penalty=Penalty(l2=other.pop("l2", 0.0)))
+    scale, unit = other.pop("scale", "standard"), other.pop("unit", "patient")
+    training = Descent(**{"rounds": 5, "learning_rate": 0.5, **other})
+    encoder = Encoder(FEATURES, replace(fitted(), patients=180.0))
+    return GradientDescent(encoder, target, model, training, scale, MAXIMUM, unit, multiplier, rate)
+
+
+def one_shot(kind: Any, target: Target, multiplier: Any = None, **other: Any) -> OneShotRegression:
+    model = Regression(kind=kind, penalty=Penalty(l2=other.pop("l2", 0.0)))
+    scale, unit = other.pop("scale", "standard"), other.pop("unit", "patient")
+    encoder = Encoder(FEATURES, replace(fitted(), patients=180.0))
+    return OneShotRegression(encoder, target, model, OneShot(**other), scale, MAXIMUM, unit, multiplier)
+
+
+def private_preprocess(scale: Any = "standard", multiplier: Any = None, unit: Unit = "patient") -> PrivatePreprocess:
+    return PrivatePreprocess(FEATURES, MAXIMUM, scale, unit, multiplier)
+
+
+def private_describe(target: Target, multiplier: Any = None, unit: Unit = "patient") -> PrivateDescribe:
+    return PrivateDescribe(FEATURES, target, Descriptive(bins=6, refinements=0), MAXIMUM, unit, multiplier)
+
+
+def private_phases() -> Then:
+    def second(result: Fitted) -> GradientDescent:
+        training, encoder = Descent(rounds=4, clip=1.0), Encoder(FEATURES, result)
+        return GradientDescent(
+            encoder, BINARY, Regression(kind="logistic"), training, "standard", MAXIMUM, "patient", 1.0
+        )
+
+    return Then(private_preprocess(multiplier=1.0), Fitted, second, 4)
+
+
 def two_phases() -> Then:
     def second(result: Fitted) -> Glm:
         return Glm(Encoder(FEATURES, result), BINARY, Regression(kind="logistic"), Newton(), "standard", MAXIMUM)
@@ -133,6 +170,19 @@ CASES: dict[str, Any] = {
     "fedavg clipped": lambda: Case(averaging(clipped=True), BINARY, pools=False),
     "scaffold": lambda: Case(averaging(scaffold=True), BINARY, pools=False),
     "then": lambda: Case(two_phases(), BINARY),
+    "private preprocess": lambda: Case(private_preprocess(), BINARY),
+    "private preprocess, range": lambda: Case(private_preprocess("range", 1.0), BINARY),
+    "private describe": lambda: Case(private_describe(COUNT), COUNT),
+    "private describe, noisy": lambda: Case(private_describe(NUMBER, 1.0), NUMBER),
+    "descent": lambda: Case(descent("logistic", BINARY, momentum=0.5), BINARY),
+    "descent, linear": lambda: Case(descent("linear", NUMBER, l2=1.0, scale="range"), NUMBER),
+    "descent, poisson": lambda: Case(descent("poisson", COUNT, learning_rate=0.1, clip=2.0), COUNT),
+    "descent, noisy": lambda: Case(descent("logistic", BINARY, 1.0, clip=1.0), BINARY),
+    "descent, sampled": lambda: Case(descent("logistic", BINARY, 1.0, 0.5, clip=1.0), BINARY, pools=False),
+    "one shot": lambda: Case(one_shot("logistic", BINARY), BINARY),
+    "one shot, linear": lambda: Case(one_shot("linear", NUMBER, clip=2.0, l2=1.0), NUMBER),
+    "one shot, noisy": lambda: Case(one_shot("linear", NUMBER, 1.0), NUMBER),
+    "private then": lambda: Case(private_phases(), BINARY),
 }
 
 
@@ -166,7 +216,7 @@ def check_statistics(layout: Layout, statistics: Any) -> None:
         if block.excess == "refuse" and array.size:
             assert np.abs(array).max() <= block.bound * (1 + 1e-9), block.name
     assert len(entry_names(layout)) == size(layout)
-    fixed_point(layout, 3, 64).encode(pack(layout, statistics))
+    fixed_point(layout, 3, 64).encode(pack(layout, statistics), ROOT)
 
 
 def check_algorithm(algorithm: Algorithm[Any, Any, Any], tables: Sequence[Table], names: Sequence[Any]) -> Any:
@@ -279,6 +329,81 @@ def test_bounds_hold_wherever_a_regression_is_asked_to_look(kind: Any, size_of_b
             check_statistics(algorithm.layout(broadcast), algorithm.local(broadcast, rows, {}, ROOT)[0])
 
 
+UNITS: list[Unit] = ["patient", "record", "site"]
+PRIVATE: dict[str, Any] = {
+    "preprocess": lambda target, scale, unit: private_preprocess(scale, 1.0, unit),
+    "describe": lambda target, scale, unit: private_describe(target, 1.0, unit),
+    "descent": lambda target, scale, unit: descent(KINDS[target.type], target, 1.0, scale=scale, unit=unit, clip=0.7),
+    "descent, sampled": lambda target, scale, unit: descent(
+        KINDS[target.type], target, 1.0, 0.6, scale=scale, unit=unit, clip=3.0
+    ),
+    "one shot": lambda target, scale, unit: one_shot(KINDS[target.type], target, 1.0, scale=scale, unit=unit),
+    "one shot, clipped": lambda target, scale, unit: one_shot(
+        KINDS[target.type], target, 1.0, scale=scale, unit=unit, clip=1.5
+    ),
+}
+KINDS = {"binary": "logistic", "number": "linear", "count": "poisson"}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_unit_more_or_less_moves_a_sum_by_its_norm_at_most(name: str, data: Any) -> None:
+    """Whatever a unit's records say, however many they are, and whatever the coordinator asks for."""
+    target = data.draw(st.sampled_from([BINARY, NUMBER] if name.startswith("one shot") else [BINARY, NUMBER, COUNT]))
+    unit: Unit = data.draw(st.sampled_from(UNITS))
+    algorithm = PRIVATE[name](target, data.draw(st.sampled_from(["standard", "range", "none"])), unit)
+    seed, rows, theirs = data.draw(st.integers(0, 10**6)), data.draw(st.integers(0, 30)), data.draw(st.integers(1, 100))
+    rng = np.random.default_rng(seed)
+    sources = [table(target, 60, seed), *extremes(target)]
+    kept, extra = table(target, rows, seed), data.draw(st.sampled_from(sources))
+    extra = extra.take(
+        rng.integers(0, 1 if data.draw(st.booleans()) else extra.rows, theirs if unit == "patient" else 1)
+    )
+    both = pooled([kept, extra])
+    # those who stay have several records too; who comes or goes has the last number, so that no draw moves to another
+    owners = np.sort(rng.integers(0, max(1, rows // 2), rows))
+    owners = np.unique(owners, return_inverse=True)[1]
+    last = int(owners.max(initial=-1)) + 1
+    kept = replace(kept, patient=owners)
+    both = replace(both, patient=np.concatenate([owners, np.full(extra.rows, last)]))
+    if unit == "site":
+        kept = both.take(np.zeros(both.rows, dtype=bool))
+    broadcast = algorithm.broadcast(algorithm.init())
+    if isinstance(broadcast, DescentBroadcast):
+        size_of_beta = data.draw(st.sampled_from([0.0, 1.0, 100.0, 3e3]))
+        beta = np.clip(rng.normal(0, size_of_beta, len(algorithm.encoder.columns) + 1), -1e4, 1e4)
+        broadcast = DescentBroadcast(data.draw(st.integers(0, 4)), beta)
+    before, after = (algorithm.local(broadcast, rows, {}, ROOT)[0] for rows in (kept, both))
+    for block in algorithm.layout(broadcast):
+        assert block.noise is not None, "a private algorithm releases nothing exact"
+        moved = np.linalg.norm(np.ravel(after[block.name] - before[block.name]))
+        assert moved <= block.noise.norm * (1 + 1e-12), block.name
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.1, 10.0, 1e3, 1e6, 1e12]))
+def test_no_noise_stops_a_private_algorithm(name: str, seed: int, size_of_noise: float) -> None:
+    """What the sums say may be anything, and the next broadcast is one that sites admit all the same."""
+    target = [BINARY, NUMBER, COUNT][seed % (2 if name.startswith("one shot") else 3)]
+    algorithm, rng = (
+        PRIVATE[name](target, ["standard", "range", "none"][seed // 3 % 3], "patient"),
+        np.random.default_rng(seed),
+    )
+    state, before = algorithm.init(), None
+    while not algorithm.done(state):
+        broadcast = algorithm.broadcast(state)
+        algorithm.admit(broadcast, before)
+        total = {block.name: rng.normal(0, size_of_noise, block.shape) for block in algorithm.layout(broadcast)}
+        state, before = algorithm.update(state, total), broadcast
+    result = algorithm.finish(state)
+    assert codec.encode(result)
+    if isinstance(result, Fitted):
+        assert np.isfinite(Encoder(FEATURES, result).design(table(target, 9, seed), "standard")).all()
+        assert result.patients >= 1
+
+
 def _with_maximum(algorithm: Any, maximum: int) -> Any:
     """Returns the algorithm for a single site that may bring everybody's patients."""
     if isinstance(algorithm, Then):
@@ -370,7 +495,7 @@ def test_a_chain_encodes_left_to_right_and_decodes_right_to_left() -> None:
     assert isinstance(both, Chain)
     assert both.encode(np.array([2.0, 4.0]), DRAWN).tolist() == [0.0, 2.0, 1.0]
     assert both.decode(np.array([9.0, 2.0, 1.0])).tolist() == [2.0, 4.0]
-    assert [event.mechanism for event in chain([both, Halved()]).events()] == ["halved", "turned", "halved"]
+    assert [event.multiplier for event in chain([both, Halved()]).events()] == [1.0, 2.0, 1.0]
 
 
 class TestLayout:

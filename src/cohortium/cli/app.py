@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cohortium.cli import demo, model, study
+from cohortium.cli import demo, model, site, study
 from cohortium.cli.output import report_error
 from cohortium.core.errors import CohortiumError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.add_typer(study.app, name="study")
 app.add_typer(model.app, name="model")
+app.add_typer(site.app, name="site")
 app.command("predict")(model.predict)
 
 

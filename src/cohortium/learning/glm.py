@@ -14,7 +14,6 @@ own units.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from scipy import special
@@ -26,15 +25,19 @@ from cohortium.core.models import Regression
 from cohortium.core.random import Randomness
 from cohortium.core.training import Newton
 from cohortium.learning.algorithm import Memory
-from cohortium.learning.preprocess import Encoder, Scale, middle_and_half, to_unit
+from cohortium.learning.coefficients import (
+    LARGEST_COEFFICIENT,
+    LARGEST_PREDICTOR,
+    Kind,
+    names,
+    predicted_mean,
+    symmetric,
+    target_scale,
+    to_raw,
+)
+from cohortium.learning.preprocess import Encoder, Scale, to_unit
 from cohortium.learning.table import Table
 
-Kind = Literal["logistic", "linear", "poisson"]
-
-_ETA = 30.0
-"""Linear predictors count as at most this large; exp(-30) is nothing beside 1."""
-_LARGEST = 10_000.0
-"""A coefficient on the unit scale beyond this is never tried: at a hundredth of it, outcomes are already certain."""
 _LONGEST = 100.0
 """The most that one step changes a coefficient on the unit scale; the first step of a regression may go too far."""
 _HEADROOM = 4.0
@@ -61,13 +64,13 @@ class Family:
     Attributes:
         mean: the mean of the target given linear predictors.
         weight: the Hessian's weight of each patient, given predictors and means.
-        loss: the summed negative log-likelihood, without terms that the coefficients do not change.
+        loss: each patient's negative log-likelihood; for a linear model half the squared residual.
         residual, curvature, worst: public bounds of a patient's |target - mean|, weight and loss.
     """
 
     mean: Callable[[Floats], Floats]
     weight: Callable[[Floats], Floats]
-    loss: Callable[[Floats, Floats], float]
+    loss: Callable[[Floats, Floats], Floats]
     residual: float
     curvature: float
     worst: float
@@ -79,17 +82,17 @@ def family(kind: Kind, target: Target) -> Family:
         return Family(
             mean=special.expit,
             weight=lambda mean: mean * (1 - mean),
-            loss=lambda eta, y: float((np.logaddexp(0.0, eta) - y * eta).sum()),
+            loss=lambda eta, y: np.logaddexp(0.0, eta) - y * eta,
             residual=1.0,
             curvature=0.25,
-            worst=_ETA + 1,
+            worst=LARGEST_PREDICTOR + 1,
         )
     if kind == "linear":
         # evaluated at zero only, where a residual is the target itself, in -1..1
         return Family(
             mean=lambda eta: eta,
             weight=np.ones_like,
-            loss=lambda eta, y: float(((y - eta) ** 2).sum()) / 2,
+            loss=lambda eta, y: (y - eta) ** 2 / 2,
             residual=1.0,
             curvature=1.0,
             worst=0.5,
@@ -99,10 +102,10 @@ def family(kind: Kind, target: Target) -> Family:
     return Family(
         mean=lambda eta: np.minimum(np.exp(eta), cap),
         weight=lambda mean: mean,
-        loss=lambda eta, y: float((np.minimum(np.exp(eta), cap) - y * eta + special.gammaln(y + 1)).sum()),
+        loss=lambda eta, y: np.minimum(np.exp(eta), cap) - y * eta + special.gammaln(y + 1),
         residual=cap,
         curvature=cap,
-        worst=cap + _ETA * target.maximum + float(special.gammaln(target.maximum + 1)),
+        worst=cap + LARGEST_PREDICTOR * target.maximum + float(special.gammaln(target.maximum + 1)),
     )
 
 
@@ -159,12 +162,7 @@ class GlmFit:
 
     def predict_mean(self, design: Floats) -> Floats:
         """Returns the predicted mean, `(n,)`, for a raw-scale design `(n, p - 1)`."""
-        beta = np.array(self.coefficients)
-        eta: Floats = beta[0] + design @ beta[1:]
-        if self.kind == "linear":
-            return eta
-        mean: Floats = special.expit(eta) if self.kind == "logistic" else np.exp(eta)
-        return mean
+        return predicted_mean(self.kind, self.coefficients, design)
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,8 @@ class Glm:
 
     def admit(self, broadcast: GlmBroadcast, before: GlmBroadcast | None) -> None:
         beta = broadcast.beta
-        if beta.shape != (self._size,) or beta.dtype != np.float64 or not (np.abs(beta) <= _LARGEST).all():
+        within = (np.abs(beta) <= LARGEST_COEFFICIENT).all()
+        if beta.shape != (self._size,) or beta.dtype != np.float64 or not within:
             raise ProtocolError("a broadcast was refused: its coefficients have the wrong shape or are out of bounds")
         if (before is None or self.model.kind == "linear") and beta.any():
             raise ProtocolError("a broadcast was refused: fitting starts with all coefficients at zero")
@@ -208,7 +207,7 @@ class Glm:
         return (
             Block("patients", (), most),
             Block("target", (), most * max(1.0, law.residual)),
-            Block("gradient", (size,), most * law.residual, labels=("(intercept)", *self.encoder.columns)),
+            Block("gradient", (size,), most * law.residual, labels=names(self.encoder)),
             Block("hessian", (size * (size + 1) // 2,), most * law.curvature),
             Block("loss", (), most * law.worst),
         )
@@ -220,7 +219,7 @@ class Glm:
         assert table.target is not None
         y = to_unit(table.target, self.target.range) if isinstance(self.target, NumberTarget) else table.target
         x = np.column_stack([np.ones(table.rows), self.encoder.design(table, "range")])
-        eta = np.clip(x @ broadcast.beta, -_ETA, _ETA)
+        eta = np.clip(x @ broadcast.beta, -LARGEST_PREDICTOR, LARGEST_PREDICTOR)
         mean = law.mean(eta)
         hessian = (x * law.weight(mean)[:, None]).T @ x
         return {
@@ -228,7 +227,7 @@ class Glm:
             "target": y.sum(),
             "gradient": x.T @ (mean - y),
             "hessian": hessian[np.triu_indices(self._size)],
-            "loss": np.array(law.loss(eta, y)),
+            "loss": np.array(law.loss(eta, y).sum()),
         }, memory
 
     def update(self, state: GlmState, total: Statistics) -> GlmState:
@@ -237,7 +236,7 @@ class Glm:
             self._refuse_one_class(rows, float(total["target"]))
         ridge = self._ridge()
         gradient = total["gradient"] + ridge * state.trial
-        hessian = _symmetric(total["hessian"], self._size)
+        hessian = symmetric(total["hessian"], self._size)
         loss = float(total["loss"])
         rounds = state.rounds + 1
         # slopes compare only over the same patients: after a site was lost or came back, the trial is a new start
@@ -249,7 +248,7 @@ class Glm:
             return self._within_rounds(replace(state, trial=trial, length=length, halvings=halvings, rounds=rounds))
         if hessian[0, 0] < _SEPARATED * rows:
             raise ConvergenceError(f"the features separate the outcomes perfectly: {_REMEDY}")
-        direction = _newton_step(hessian + np.diag(ridge), gradient)
+        direction = newton_step(hessian + np.diag(ridge), gradient)
         decrement = float(-gradient @ direction) / 2
         length = min(1.0, _LONGEST / float(np.abs(direction).max(initial=_LONGEST)))
         accepted = GlmState(
@@ -290,9 +289,9 @@ class Glm:
             if loss <= _EXACT * state.rows:
                 raise CohortError("the features predict the target exactly, so errors cannot be judged: remove some")
             covariance = covariance * (2 * loss / freedom)
-            loss *= _target_scale(self.target)[1] ** 2
-        to_raw, offset = self._raw()
-        return _inference(self, state, to_raw @ beta + offset, to_raw @ covariance @ to_raw.T, loss, freedom)
+            loss *= target_scale(self.target)[1] ** 2
+        matrix, offset = to_raw(self.encoder, "range", self.target)
+        return _inference(self, state, matrix @ beta + offset, matrix @ covariance @ matrix.T, loss, freedom)
 
     def _ridge(self) -> Floats:
         """Returns the penalty's diagonal on the unit scale, `(p,)`: none on the intercept."""
@@ -300,16 +299,6 @@ class Glm:
         _, width = self.encoder.affine(self.scale)
         # a linear model's loss and penalty both shrink by the square of its target's unit, so no factor is needed
         return np.concatenate([[0.0], self.model.penalty.l2 * (width / half) ** 2])
-
-    def _raw(self) -> tuple[Floats, Floats]:
-        """Returns `(matrix, offset)` that turn unit-scale coefficients into ones in the features' own units."""
-        middle, half = self.encoder.affine("range")
-        target_middle, target_half = _target_scale(self.target)
-        matrix = np.diag(np.concatenate([[1.0], 1 / half]))
-        matrix[0, 1:] = -middle / half
-        offset = np.zeros(self._size)
-        offset[0] = target_middle
-        return matrix * target_half, offset
 
     def _converged(self, decrement: float, before: float) -> bool:
         if self.model.kind == "linear":
@@ -326,7 +315,7 @@ class Glm:
         return here > -_OVERSHOOT * start
 
     def _within_rounds(self, state: GlmState) -> GlmState:
-        if not state.converged and np.abs(state.trial).max() > _LARGEST:
+        if not state.converged and np.abs(state.trial).max() > LARGEST_COEFFICIENT:
             raise ConvergenceError(f"the coefficients grow without bound: {_REMEDY}")
         if not state.converged and state.rounds >= self.training.rounds:
             raise ConvergenceError(
@@ -345,17 +334,7 @@ class Glm:
             raise CohortError(f"target '{name}' is the same for every patient of all sites: nothing can be learned")
 
 
-def _target_scale(target: Target) -> tuple[float, float]:
-    return middle_and_half(target.range) if isinstance(target, NumberTarget) else (0.0, 1.0)
-
-
-def _symmetric(upper: Floats, size: int) -> Floats:
-    matrix = np.zeros((size, size))
-    matrix[np.triu_indices(size)] = upper
-    return matrix + np.triu(matrix, 1).T
-
-
-def _newton_step(hessian: Floats, gradient: Floats) -> Floats:
+def newton_step(hessian: Floats, gradient: Floats) -> Floats:
     scale = np.sqrt(np.diag(hessian))
     if not (scale > 0).all() or np.linalg.eigvalsh(hessian / np.outer(scale, scale))[0] < _SINGULAR:
         raise CohortError("some features repeat others (the Hessian is singular): remove them, or add a ridge penalty")
@@ -372,7 +351,7 @@ def _inference(glm: Glm, state: GlmState, beta: Floats, covariance: Floats, loss
         p_values, quantile = 2 * special.stdtr(freedom, -np.abs(statistics)), -float(special.stdtrit(freedom, tail))
     return GlmFit(
         kind=glm.model.kind,
-        names=("(intercept)", *glm.encoder.columns),
+        names=names(glm.encoder),
         coefficients=tuple(beta.tolist()),
         errors=tuple(errors.tolist()),
         statistics=tuple(statistics.tolist()),

@@ -17,6 +17,8 @@ from cohortium.core.features import BinaryTarget, NumberTarget
 from cohortium.core.layout import Floats
 from cohortium.core.models import Network, Regression
 from cohortium.core.study import Study
+from cohortium.core.training import Newton
+from cohortium.learning.coefficients import CoefficientFit, names
 from cohortium.learning.contract import after_missing, conform, raw_columns, typed
 from cohortium.learning.glm import GlmFit
 from cohortium.learning.network import NetworkFit, forward
@@ -25,6 +27,8 @@ from cohortium.learning.table import Table
 
 _FORMAT = "cohortium model 1"
 MAX_MODEL_BYTES = 1 << 30
+Fit = GlmFit | CoefficientFit | NetworkFit
+"""What training yields: a regression with its errors, one without, or a network."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class GlobalModel:
 
     study: Study
     preprocessing: Fitted
-    fit: GlmFit | NetworkFit = field(repr=False)
+    fit: Fit = field(repr=False)
 
     @property
     def encoder(self) -> Encoder:
@@ -58,11 +62,11 @@ class GlobalModel:
     @property
     def coef_(self) -> Floats:
         """A regression's coefficients in the features' own units, `(n_columns,)`, in the order of `columns_`."""
-        return np.array(self._glm().coefficients[1:])
+        return np.array(self._regression().coefficients[1:])
 
     @property
     def intercept_(self) -> float:
-        return self._glm().coefficients[0]
+        return self._regression().coefficients[0]
 
     @property
     def columns_(self) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ class GlobalModel:
 
     def expect(self, table: Table) -> Floats:
         """Returns the expected target of each row of a table that already keeps the contract, `(n,)`."""
-        if isinstance(self.fit, GlmFit):
+        if not isinstance(self.fit, NetworkFit):
             return self.fit.predict_mean(self.encoder.design(table, "none"))
         assert isinstance(self.study.model, Network) and self.study.cohort.target is not None
         design = self.encoder.design(table, self.study.preprocessing.scale)
@@ -124,9 +128,11 @@ class GlobalModel:
 
     def to_bytes(self) -> bytes:
         """Returns the model as JSON. It holds no patient's data."""
-        fit: dict[str, Any] = {"glm": asdict(self.fit)} if isinstance(self.fit, GlmFit) else {}
-        if not fit:
+        fit: dict[str, Any]
+        if isinstance(self.fit, NetworkFit):
             fit = {"network": base64.b64encode(codec.encode(self.fit)).decode()}
+        else:
+            fit = {"glm" if isinstance(self.fit, GlmFit) else "coefficients": asdict(self.fit)}
         content = {
             "format": _FORMAT,
             "study_id": study_id(self.study),
@@ -136,8 +142,8 @@ class GlobalModel:
         }
         return json.dumps(content, indent=1, allow_nan=False).encode()
 
-    def _glm(self) -> GlmFit:
-        if not isinstance(self.fit, GlmFit):
+    def _regression(self) -> GlmFit | CoefficientFit:
+        if isinstance(self.fit, NetworkFit):
             raise AttributeError("a network has no coefficients")
         return self.fit
 
@@ -161,12 +167,14 @@ def from_bytes(data: bytes) -> GlobalModel:
             raise ValueError
         study = parse(content["study"])
         fitted = msgspec.convert(content["preprocessing"], Fitted)
-        fit: GlmFit | NetworkFit
+        fit: Fit
         if "glm" in content:
             fit = msgspec.convert(content["glm"], GlmFit)
+        elif "coefficients" in content:
+            fit = msgspec.convert(content["coefficients"], CoefficientFit)
         else:
             fit = codec.decode(base64.b64decode(content["network"], validate=True), NetworkFit)
-            if not (math.isfinite(fit.loss) and all(np.isfinite(weight).all() for weight in fit.weights)):
+            if not (math.isfinite(fit.loss or 0.0) and all(np.isfinite(weight).all() for weight in fit.weights)):
                 raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError, CohortiumError):
         raise StudyError("this is not a model file of a version that can be read") from None
@@ -189,10 +197,13 @@ def _fits(model: GlobalModel) -> bool:
     """Returns whether a patient of whom nothing is known can be scored, which takes every part of a model."""
     try:
         if isinstance(model.study.model, Regression):
-            expected_fit = model.study.model.kind, ("(intercept)", *model.columns_)
-            if not isinstance(model.fit, GlmFit) or (model.fit.kind, model.fit.names) != expected_fit:
+            # only Newton's method ends where a likelihood's curvature tells errors
+            expected_type = GlmFit if isinstance(model.study.training, Newton) else CoefficientFit
+            if not isinstance(model.fit, expected_type):
                 return False
-        elif isinstance(model.fit, GlmFit):
+            if (model.fit.kind, model.fit.names) != (model.study.model.kind, names(model.encoder)):
+                return False
+        elif not isinstance(model.fit, NetworkFit):
             return False
         with np.errstate(all="ignore"):
             expected = model.expect(Table(1, {name: np.full(1, np.nan) for name in model.study.cohort.features}))

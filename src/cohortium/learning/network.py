@@ -17,11 +17,11 @@ class NetworkFit:
     Attributes:
         weights: one float32 array for each parameter tensor, in the module's order. Of a built-in network these are
             `(n_outputs, n_inputs)` weights and `(n_outputs,)` biases, layer by layer.
-        loss: mean training loss over all sites' patients in the last round.
+        loss: mean training loss over all sites' patients in the last round; None where nothing exact is released.
     """
 
     weights: tuple[np.ndarray, ...]
-    loss: float
+    loss: float | None
 
 
 def forward(fit: NetworkFit, design: Floats, activation: Activation) -> Floats:

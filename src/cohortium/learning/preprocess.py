@@ -38,11 +38,16 @@ def to_unit(values: Floats, bounds: tuple[float, float]) -> Floats:
 @dataclass(frozen=True)
 class Fitted:
     """What preprocessing learned: a mean and a standard deviation (in the feature's unit) for each number, and the
-    index of the most frequent level for each category. Features in the study's order."""
+    index of the most frequent level for each category. Features in the study's order.
+
+    `patients`: with differential privacy the noisy number, at least 1, of privacy units (patients, unless the study
+    says otherwise), by which later sums are divided; None without.
+    """
 
     means: dict[str, float]
     deviations: dict[str, float]
     modes: dict[str, int]
+    patients: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Encoder:
             or fitted.modes.keys() != categories.keys()
             or not all(_plausible(f.range, fitted.means[n], fitted.deviations[n]) for n, f in numbers.items())
             or not all(0 <= fitted.modes[n] < len(f.levels) for n, f in categories.items())
+            or not (fitted.patients is None or 1 <= fitted.patients < float("inf"))
         ):
             raise ProtocolError("preprocessing was refused: it cannot have been fitted to data within the ranges")
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cohortium.core import codec
 from cohortium.core.document import MAX_DOCUMENT_BYTES, study_id_of
 from cohortium.core.errors import (
+    BudgetExceeded,
     CohortiumError,
     DataError,
     PolicyRefused,
@@ -32,10 +32,12 @@ from cohortium.learning.table import Table
 from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.cohort import Roster, load
-from cohortium.site.ports import DataSource
+from cohortium.site.policy import PrivacyPolicy
+from cohortium.site.ports import DataSource, Ledger
 from cohortium.site.session import Charge, LoadCohort, Membership, Send, Session, step
 from cohortium.site.spending import price, remaining, units
 
+NO_POLICY = PrivacyPolicy()
 _MOST_RUNS = 16
 """Runs at a time; one that is opened beyond them ends the oldest."""
 _UNSTATED = "the site's agent failed; its own staff see why"
@@ -67,8 +69,8 @@ class Agent:
     randomness: Randomness
     compiler: Compiler = compile_study
     means: Means = PLAIN
-    ledger: Any = None
-    policy: Any = None
+    ledger: Ledger | None = None
+    policy: PrivacyPolicy = NO_POLICY
     failure: Exception | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
     _cohorts: dict[str, tuple[str, Roster]] = field(default_factory=dict, repr=False)
@@ -93,6 +95,8 @@ class Agent:
         except DataError as error:
             named = SiteError(f"{self.membership.site}: {error}", public=error.public)
             return [self._refuse(message.run, named, error.public)]
+        except BudgetExceeded as error:
+            return [self._refuse(message.run, error, error.public)]
         except CohortiumError as error:
             return [self._refuse(message.run, error, str(error))]
         except Exception as error:  # noqa: BLE001  whatever went wrong, its text might hold a patient's value
@@ -115,8 +119,7 @@ class Agent:
         """
         now = self.source.fingerprint()
         if run not in self._cohorts:
-            if self.policy is not None:
-                self.policy.admit(effect.plan.study)
+            self.policy.admit(effect.plan.study)
             roster = self._affordable(effect.plan, load(effect.plan, self.source), effect.cost)
             self._cohorts[run] = now, roster
             self._latest = roster.table
@@ -140,7 +143,7 @@ class Agent:
         paid = self._kept().charge(run, effect.plan.study_id, effect.round, units(study, roster), cost)
         return remaining(study, roster, paid).table
 
-    def _kept(self) -> Any:
+    def _kept(self) -> Ledger:
         if self.ledger is None:
             raise PolicyRefused(
                 "the study was refused: it spends its patients' privacy budget, and this site keeps no ledger of it"

@@ -8,17 +8,15 @@ numbers that add up without rounding.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.events import DpEvent, Events, Gaussian, Repeated, Sampled, Slack
-from cohortium.privacy import renyi
 from cohortium.privacy.calibrate import Budget
-from cohortium.privacy.renyi import Price
+from cohortium.site import renyi_standin as renyi
 from cohortium.site.chain import Charged
+from cohortium.site.renyi_standin import Price
 
 SITE = "(site)"
 """The one unit of a study that protects whole sites."""
@@ -120,53 +118,44 @@ class Charge:
 
 
 @dataclass(frozen=True)
-class Accounts:
-    """A ledger as its site may read it.
+class StudyCost:
+    """What a study was charged at this site, from all of its runs.
 
     Attributes:
-        tariff: how they are counted.
-        charges: all of them, oldest first.
-        patients: what each patient spent who was ever charged, in no telling order; `(n, 2)`.
-        site: what the site itself spent, the unit of studies that protect whole sites.
+        most: the most that a unit paid for it.
     """
-
-    tariff: Tariff
-    charges: tuple[Charge, ...]
-    patients: Spent = field(repr=False)
-    site: Price
-
-
-@dataclass(frozen=True)
-class StudyCost:
-    """What a study was charged at this site, from all of its runs."""
 
     study: str
     runs: int
     rounds: int
     first: str
     last: str
-    price: Price
+    most: Price
 
 
-def study_costs(charges: Sequence[Charge]) -> tuple[StudyCost, ...]:
-    """Returns the charges added up for each study, in the order of their first one.
+def study_cost(study: str, charges: Sequence[Charge], most: Price) -> StudyCost:
+    """Returns a study's charges, oldest first and at least one, added up."""
+    runs = len({charge.run for charge in charges})
+    return StudyCost(study, runs, len(charges), charges[0].time, charges[-1].time, most)
 
-    The price is that of a unit that was in every round: no unit paid more.
+
+@dataclass(frozen=True)
+class Accounts:
+    """A ledger as its site may read it.
+
+    Attributes:
+        tariff: how charges are counted.
+        studies: what each study cost, in the order of their first charge.
+        prices: every price that was ever charged.
+        patients: what each patient spent who was ever charged, in no telling order; `(n, 2)`.
+        site: what the site itself spent, the unit of studies that protect whole sites.
     """
-    by_study = attrgetter("study")
-    groups = [list(group) for _, group in groupby(sorted(charges, key=by_study), by_study)]
-    costs = [
-        StudyCost(
-            group[0].study,
-            len({charge.run for charge in group}),
-            len(group),
-            group[0].time,
-            group[-1].time,
-            total(charge.price for charge in group),
-        )
-        for group in groups
-    ]
-    return tuple(sorted(costs, key=attrgetter("first")))
+
+    tariff: Tariff
+    studies: tuple[StudyCost, ...]
+    prices: frozenset[Price]
+    patients: Spent = field(repr=False)
+    site: Price
 
 
 @dataclass(frozen=True)
@@ -189,7 +178,7 @@ def distribution(accounts: Accounts) -> Distribution | None:
     if limit is None:
         return None
     able = np.zeros(len(spent), dtype=bool)
-    for price in {charge.price for charge in accounts.charges}:
+    for price in accounts.prices:
         able |= can_pay(spent, price, limit)
     limits = np.maximum(np.array([limit.divergence, limit.slack], dtype=np.float64), 1.0)
     shares = (spent[able] / limits).max(axis=1, initial=0.0)

@@ -6,15 +6,13 @@ from cohortium.core.errors import BudgetExceeded
 from cohortium.core.events import Events
 from cohortium.core.filter import Column
 from cohortium.core.study import Study
+from cohortium.site.budget import SITE, events_for
 from cohortium.site.cohort import Roster
-
-_SITE = "(site)"
-"""The one unit of a study that protects whole sites; no patient's identifier may be spent for it."""
 
 
 def units(study: Study, roster: Roster) -> Column:
     """Returns who pays, as text: the cohort's patients, or the site itself where sites are the privacy unit."""
-    return np.array([_SITE], dtype=object) if study.privacy.unit == "site" else roster.patients
+    return np.array([SITE], dtype=object) if study.privacy.unit == "site" else roster.patients
 
 
 def price(study: Study, roster: Roster, cost: Events) -> Events:
@@ -24,8 +22,6 @@ def price(study: Study, roster: Roster, cost: Events) -> Events:
     """
     if study.privacy.unit != "record" or roster.table.patient is None:
         return cost
-    from cohortium.site.budget import events_for
-
     return events_for(cost, int(np.bincount(roster.table.patient).max(initial=1)))
 
 

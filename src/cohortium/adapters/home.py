@@ -1,0 +1,260 @@
+"""A site's home, a folder of the hospital's own: `policy.yaml`, the ledger, and the key that hides patients in it."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from cohortium.adapters import files, ledger, ledger_file
+from cohortium.adapters.ledger import SqliteLedger
+from cohortium.adapters.ledger_file import Keeper
+from cohortium.core.errors import SiteError, nearest
+from cohortium.privacy.calibrate import Budget
+from cohortium.site.policy import PrivacyPolicy, Unit
+
+POLICY, LEDGER, KEY = "policy.yaml", "ledger.sqlite", "ledger.key"
+_MOST_BYTES = 1 << 16
+_KEY_BYTES = 32
+_PUBLIC = "this site's home cannot be used"
+
+EXAMPLE = """\
+# What this hospital allows studies to ask for. Every line may be left out; what is left out is not limited.
+privacy:
+  required: true            # no study without differential privacy
+  # epsilon: 1.0            # the most that one study may ask for
+  # delta: 1e-5
+  # units: [patient, site]  # privacy units that protect enough
+  # budget:                 # what all studies together may learn of one patient
+  #   epsilon: 4.0
+  #   delta: 1e-5
+"""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Budget(_Strict):
+    epsilon: Annotated[float, Field(gt=0, le=1000)]
+    delta: Annotated[float, Field(gt=0, le=1e-3)]
+
+
+class _Privacy(_Strict):
+    required: bool = False
+    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
+    delta: Annotated[float, Field(gt=0, le=1e-3)] | None = None
+    units: Annotated[list[Unit], Field(min_length=1)] = ["patient", "site"]
+    budget: _Budget | None = None
+
+
+class _Policy(_Strict):
+    privacy: _Privacy = _Privacy()
+
+
+_SECTIONS: dict[tuple[str, ...], type[_Strict]] = {
+    (): _Policy,
+    ("privacy",): _Privacy,
+    ("privacy", "budget"): _Budget,
+}
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """A site's home while it is open: the policy in force, and the ledger that keeps its budget."""
+
+    policy: PrivacyPolicy
+    ledger: SqliteLedger = field(repr=False)
+
+    def __enter__(self) -> "SiteHome":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the ledger."""
+        self.ledger.close()
+
+
+def create(folder: Path, keeper: Keeper) -> list[Path]:
+    """Begins a site's home: a folder with an empty ledger under a new key, and a policy to edit if there is none.
+
+    Raises:
+        SiteError: there is a ledger or a key already, or the folder cannot be written.
+    """
+    paths = [folder / name for name in (POLICY, LEDGER, KEY)]
+    policy, file, key = paths
+    for path in (file, key):
+        if path.exists():
+            raise _unusable(path, "is there already: a ledger is begun once, and never again")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(folder, f"cannot be made ({error.strerror})") from None
+    if policy.exists():
+        read_policy(policy)
+        paths.remove(policy)
+    else:
+        files.write(policy, EXAMPLE.encode())
+    # a crash in between leaves a key without a ledger, which nothing takes for a home
+    create_key(key, keeper.key)
+    ledger_file.create(file, keeper)
+    return paths
+
+
+def opened(folder: Path, clock: Callable[[], datetime], sign: Callable[[bytes], bytes] | None = None) -> SiteHome:
+    """Opens a site's home. Nothing that is missing is made anew, because that would reset what patients spent.
+
+    Raises:
+        SiteError: the policy, the ledger or its key is missing (only the policy may be) or cannot be relied on.
+    """
+    policy, key = read_policy(folder / POLICY), _key_of(folder)
+    return SiteHome(policy, ledger.connect(folder / LEDGER, Keeper(key, clock, sign), policy.budget))
+
+
+@contextmanager
+def reading(folder: Path, clock: Callable[[], datetime]) -> Iterator[SiteHome]:
+    """Yields a site's home whose ledger cannot be charged; nothing in the folder is touched.
+
+    Raises:
+        SiteError: as for `opened`.
+    """
+    policy, key = read_policy(folder / POLICY), _key_of(folder)
+    with ledger.reading(folder / LEDGER, Keeper(key, clock), policy.budget) as readable:
+        yield SiteHome(policy, readable)
+
+
+def _key_of(folder: Path) -> bytes:
+    """Returns the key of a home's ledger, after a look at what is there at all."""
+    _require_folder(folder)
+    file, key = folder / LEDGER, folder / KEY
+    if not file.exists():
+        if key.exists():
+            raise _unusable(file, "is gone, and its key is there: restore it, never begin another")
+        raise _unusable(folder, f"holds no ledger: begin one with cohortium site init {folder}")
+    return read_key(key)
+
+
+def policy_of(folder: Path) -> PrivacyPolicy:
+    """Returns a home's policy.
+
+    Raises:
+        SiteError: the folder is missing, or the policy is none.
+    """
+    _require_folder(folder)
+    return read_policy(folder / POLICY)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise _unusable(folder, "is no folder: name a site's home")
+
+
+def read_policy(path: Path) -> PrivacyPolicy:
+    """Returns the policy of a YAML file; without the file, the policy that limits nothing.
+
+    Raises:
+        SiteError: the file cannot be read, is no YAML, or says what no policy says; the message names the file.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except FileNotFoundError:
+        return PrivacyPolicy()
+    except OSError as error:
+        raise _unusable(path, f"cannot be read ({error.strerror})") from None
+    if len(data) > _MOST_BYTES:
+        raise _unusable(path, f"is longer than {_MOST_BYTES} bytes, and no policy is")
+    return parse_policy(data, path)
+
+
+def parse_policy(data: bytes, path: Path) -> PrivacyPolicy:
+    """Returns the policy of YAML text.
+
+    Raises:
+        SiteError: it is no YAML, or no policy; the message names `path`.
+    """
+    try:
+        content = YAML(typ="safe", pure=True).load(data.decode())
+    except MarkedYAMLError as error:
+        line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise _unusable(path, f"is no valid YAML{line}: {error.problem}") from None
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+        # a value that is not what its tag says fails in whatever way its conversion does
+        raise _unusable(path, "is no valid YAML") from None
+    try:
+        told = _Policy.model_validate({} if content is None else content).privacy
+    except pydantic.ValidationError as error:
+        raise _unusable(path, _sentence(error.errors(include_url=False)[0])) from None
+    budget = Budget(told.budget.epsilon, told.budget.delta) if told.budget else None
+    return PrivacyPolicy(
+        required=told.required, epsilon=told.epsilon, delta=told.delta, units=tuple(told.units), budget=budget
+    )
+
+
+def create_key(path: Path, key: bytes) -> None:
+    """Writes a new key that only its owner can read.
+
+    Raises:
+        SiteError: there is a key already, or it cannot be written.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(key)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise _unusable(path, "is there already: a key is never replaced, because its patients would be new") from None
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        raise _unusable(path, f"cannot be written ({error.strerror})") from None
+
+
+def read_key(path: Path) -> bytes:
+    """Returns the ledger's key.
+
+    Raises:
+        SiteError: it is missing, is no key, or can be read by others than its owner.
+    """
+    try:
+        # looked at and read through one handle, so that it cannot be exchanged in between
+        with path.open("rb") as file:
+            mode, key = os.fstat(file.fileno()).st_mode, file.read(_KEY_BYTES + 1)
+    except OSError as error:
+        raise _unusable(
+            path, f"cannot be read ({error.strerror}); without it nobody can be found in the ledger: restore it"
+        ) from None
+    if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
+        raise _unusable(path, "can be read by others, who could then look for patients in the ledger: chmod 600 it")
+    if len(key) != _KEY_BYTES:
+        raise _unusable(path, f"is no key of {_KEY_BYTES} bytes: restore it")
+    return key
+
+
+def _unusable(path: Path, reason: str) -> SiteError:
+    return SiteError(f"{path} {reason}", public=_PUBLIC)
+
+
+def _sentence(problem: Any) -> str:
+    """Returns one sentence for pydantic's account of a problem."""
+    *parents, last = map(str, problem["loc"] or ("",))
+    where = ".".join([*parents, last])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_SECTIONS[tuple(parents)].model_fields)
+        place = f"in '{'.'.join(parents)}'" if parents else "of a policy"
+        return f"has an unknown key '{last}' {place}{nearest(last, known)} (known: {', '.join(known)})"
+    if problem["type"] == "missing":
+        return f"lacks '{where}': add it"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"is wrong at '{where}': {message}" if where else "is no policy: it begins with 'privacy:'"
