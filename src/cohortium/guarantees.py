@@ -1,7 +1,12 @@
 """What a study guarantees and what it does not, before anything runs: for the steward who is asked to approve it."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+from msgspec import to_builtins
+
+from cohortium.core.events import Sampled
 from cohortium.core.models import Descriptive
 from cohortium.core.protection import Compression
 from cohortium.plan import Phase, Plan, Traffic
@@ -51,6 +56,70 @@ def security(plan: Plan) -> Security:
     )
 
 
+@dataclass(frozen=True)
+class Promise:
+    """The differential privacy of a study, as figures, for whoever sees its sums, its rounds and its result.
+
+    Attributes:
+        unit: whose data is protected: a patient's, a record's or a whole site's.
+        epsilon, delta: what the study promises.
+        neighbouring: the change of the data that it is promised for.
+        sites_per_patient: the most hospitals at which one patient may be.
+        dropouts, colluding: the hospitals that may be lost in a round, and those that may give their noise away.
+        sampling: the share of units that is drawn secretly for a round of training.
+        noise: the distribution of a hospital's share.
+        accounting: "exact" (the Gaussian's own curve) or "pld" (privacy loss distributions).
+        spent: the epsilon at `delta` that the accountant finds for everything that a run may release.
+        spent_rdp: the same by Renyi orders, a second opinion that is never smaller by more than rounding.
+        releases: everything that a run may release, as events.
+        share: each hospital's share of the deviation that the sum must carry.
+        excess: the deviation that a sum over all hospitals carries, relative to what it must.
+    """
+
+    unit: str
+    epsilon: float
+    delta: float
+    neighbouring: str
+    sites_per_patient: int
+    dropouts: int
+    colluding: int
+    sampling: float
+    noise: str
+    accounting: str
+    spent: float
+    spent_rdp: float
+    releases: tuple[dict[str, Any], ...]
+    share: float
+    excess: float
+
+
+def promise(plan: Plan) -> Promise | None:
+    """Returns the differential privacy that a study promises, computed from its plan; None where it promises none."""
+    privacy, rule = plan.study.privacy, plan.noise
+    if rule is None:
+        return None
+    from cohortium.privacy.accountant import epsilon
+
+    assert privacy.epsilon is not None and privacy.delta is not None
+    return Promise(
+        unit=privacy.unit,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        neighbouring=privacy.neighbouring,
+        sites_per_patient=privacy.sites_per_patient,
+        dropouts=plan.study.aggregation.dropouts,
+        colluding=privacy.colluding,
+        sampling=privacy.sampling,
+        noise="rounded Gaussian",
+        accounting="exact" if privacy.sampling == 1 else "pld",
+        spent=epsilon(plan.releases, privacy.delta),
+        spent_rdp=epsilon(plan.releases, privacy.delta, "rdp"),
+        releases=tuple(to_builtins(event) for event in plan.releases),
+        share=rule.honest**-0.5,
+        excess=(len(plan.sites) / rule.honest) ** 0.5,
+    )
+
+
 def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
     """Returns what a study guarantees and what it does not, as pairs of a question and its answer."""
     study, cohort = plan.study, plan.study.cohort
@@ -60,21 +129,20 @@ def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("Protocol", _protocol(plan)),
         ("Who can read it", _readers(plan)),
         ("If hospitals drop", _dropouts(plan)),
-        (
-            "Privacy",
-            "no differential privacy: the sums and the result are exact, and what they reveal of a patient is not "
-            "bounded. Unit: patient",
-        ),
+        *_privacy(plan),
         ("Precision", _precision(plan)),
     ]
-    if isinstance(study.model, Descriptive):
+    if isinstance(study.model, Descriptive) and plan.noise is None:
         least = study.model.small_cells
         rule = (
             f"a hospital sends no count from 1 to {least - 1}; the mean and spread of a number that takes few values "
             "may still give one away (disclosure control, not differential privacy)"
         )
         rows.append(("Small cells", rule if least > 1 else "counts of any size are sent"))
-    rows.append(("Takes part", f"a hospital with {cohort.minimum:,} to {cohort.maximum:,} patients in the cohort"))
+    most = f"{cohort.maximum:,} " + ("patients" if cohort.records == "one" else "records")
+    rows.append(
+        ("Takes part", f"a hospital with at least {cohort.minimum:,} patients and at most {most} in the cohort")
+    )
     return tuple(rows)
 
 
@@ -136,6 +204,54 @@ def _dropouts(plan: Plan) -> str:
         "coordinator that lies can ask for them, and an honest run comes near it when the model hardly moves. Only "
         "dropouts: 0 prevents this, or noise"
     )
+
+
+_NEIGHBOURS = {"add-or-remove": "adding or removing", "replace": "replacing"}
+_METHODS = {"exact": "the Gaussian's exact curve", "pld": "privacy loss distributions (PLD)"}
+
+
+def _privacy(plan: Plan) -> list[tuple[str, str]]:
+    promised, unit = promise(plan), plan.study.privacy.unit
+    if promised is None:
+        text = (
+            "no differential privacy: the sums and the result are exact, and what they reveal of a patient is not "
+            f"bounded. Unit: {unit}"
+        )
+        return [("Privacy", text)]
+    places = "one hospital" if promised.sites_per_patient == 1 else f"at most {promised.sites_per_patient} hospitals"
+    where = "" if unit == "site" else f" who is at {places}" if unit == "patient" else f" kept at {places}"
+    drawn = f"; each round draws a secret {promised.sampling:.3g} of them" if promised.sampling < 1 else ""
+    change = f"{_NEIGHBOURS[promised.neighbouring]} one {unit}{where}"
+    promise_text = (
+        f"{unit} level: epsilon {promised.epsilon:g}, delta {promised.delta:g}, for {change}{drawn}. Everything that a run may release comes to epsilon {_up(promised.spent)} by "
+        f"{_METHODS[promised.accounting]} ({_up(promised.spent_rdp)} by Renyi orders)"
+    )
+    return [("Privacy", promise_text), ("Noise", _noise(plan, promised)), ("Not covered", _UNCOVERED)]
+
+
+_UNCOVERED = (
+    "that a hospital takes part, or refuses because too few patients pass or its data break the contract; a colluding "
+    "hospital's own patients; whatever is learned of a patient without that patient's data"
+)
+
+
+def _noise(plan: Plan, promised: Promise) -> str:
+    rounds = "; ".join(f"{phase.name} {_multiplier(plan, phase):.4g}" for phase in plan.phases)
+    return (
+        f"each hospital adds a share of integers ({promised.noise}), {promised.share:.3g} of the deviation that a sum "
+        f"must carry, so that it does with {promised.dropouts} hospitals lost and {promised.colluding} colluding; a "
+        f"sum over all carries {promised.excess:.2f} of it. Noise multipliers: {rounds}"
+    )
+
+
+def _multiplier(plan: Plan, phase: Phase) -> float:
+    gaussian = plan.stages(phase.layout).events()[0]
+    return gaussian.event.multiplier if isinstance(gaussian, Sampled) else gaussian.multiplier  # type: ignore[union-attr]
+
+
+def _up(epsilon: float) -> str:
+    """Returns an epsilon with three decimals, rounded up: a guarantee is not rounded down."""
+    return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}"
 
 
 def _precision(plan: Plan) -> str:

@@ -69,11 +69,15 @@ def _training(study: Study) -> Iterator[str]:
 
 
 def _privacy(study: Study) -> Iterator[str]:
+    if study.privacy.epsilon is not None:
+        yield from _noisy_training(study)
+        yield from _noisy_sums(study)
+    elif study.privacy.sampling < 1:
+        yield "privacy.sampling without privacy.epsilon only loses data: remove it, or give epsilon and delta"
+
+
+def _noisy_training(study: Study) -> Iterator[str]:
     privacy, training = study.privacy, study.training
-    if privacy.epsilon is None:
-        if privacy.sampling < 1:
-            yield "privacy.sampling without privacy.epsilon only loses data: remove it, or give epsilon and delta"
-        return
     if isinstance(training, Newton):
         yield (
             "algorithm 'newton' needs exact sums, and privacy.epsilon asks for noise in them: set training.algorithm: "
@@ -81,30 +85,34 @@ def _privacy(study: Study) -> Iterator[str]:
         )
     if isinstance(training, Descent | Averaging) and training.clip is None:
         yield (
-            "training.clip is missing: with privacy.epsilon it bounds what one "
-            f"{privacy.unit} adds to a sum; give one, such as 1.0"
+            f"training.clip is missing: with privacy.epsilon it bounds what one {privacy.unit} adds to a sum; give "
+            "one, such as 1.0"
         )
     if privacy.sampling < 1 and not isinstance(training, Descent | Averaging):
         yield "privacy.sampling draws anew in each round of training, and this study has one round: leave it out"
-    if isinstance(training, Averaging) and training.local.scaffold:
+    if _scaffold(study):
         yield "SCAFFOLD's control variates are exact, and privacy.epsilon asks for noise: set scaffold: false"
-    if study.aggregation.compression is not None:
-        yield "aggregation.compression and privacy.epsilon are not offered together: remove one of them"
-    if study.aggregation.protocol == "ckks-single-key":
-        yield (
-            "protocol 'ckks-single-key' lets any hospital read another's update, whose own noise share is too small to "
-            "protect it: set aggregation.protocol: masking, or rlwe"
-        )
     if isinstance(study.model, Descriptive) and study.model.refinements:
         yield (
             "model.refinements would cost privacy budget in each of its rounds: set refinements: 0, and more bins for "
             "finer quantiles"
         )
-    least = tolerance(len(study.sites.include), study.aggregation.dropouts).threshold
-    if privacy.colluding >= least:
+
+
+def _noisy_sums(study: Study) -> Iterator[str]:
+    aggregation, colluding = study.aggregation, study.privacy.colluding
+    if aggregation.compression is not None:
+        yield "aggregation.compression and privacy.epsilon are not offered together: remove one of them"
+    if aggregation.protocol == "ckks-single-key":
         yield (
-            f"privacy.colluding is {privacy.colluding}, and only {least} hospitals are sure to be in a sum: none might "
-            "be left whose noise protects the rest; lower privacy.colluding or aggregation.dropouts"
+            "protocol 'ckks-single-key' lets any hospital read another's update, whose own noise share is too small to "
+            "protect it: set aggregation.protocol: masking, or rlwe"
+        )
+    least = tolerance(len(study.sites.include), aggregation.dropouts).threshold
+    if colluding >= least:
+        yield (
+            f"privacy.colluding is {colluding}, and only {least} hospitals are sure to be in a sum: none might be left "
+            "whose noise protects the rest; lower privacy.colluding or aggregation.dropouts"
         )
 
 

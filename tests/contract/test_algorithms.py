@@ -150,6 +150,26 @@ def private_phases() -> Then:
     return Then(private_preprocess(multiplier=1.0), Fitted, second, 4)
 
 
+def private_averaging(unit: Any) -> Any:
+    pytest.importorskip("opacus", reason="private networks need the extra: pip install 'cohortium[torch]'")
+    from cohortium.learning.fedavg import loss_for, mlp
+    from cohortium.learning.private_fedavg import PrivateFedAvg
+
+    encoder = Encoder(FEATURES, fitted())
+    return PrivateFedAvg(
+        module=mlp(len(encoder.columns), (3,), "tanh"),
+        loss=loss_for(BINARY),
+        features=lambda rows: encoder.design(rows, "range"),
+        averaging=Averaging(rounds=3, clip=0.5, local=Local(steps=4 if unit == "site" else 1, learning_rate=0.5)),
+        maximum=MAXIMUM,
+        initial=ROOT.child("init"),
+        unit=unit,
+        multiplier=2.0,
+        patients=186.0,
+        sites=4,
+    )
+
+
 def two_phases() -> Then:
     def second(result: Fitted) -> Glm:
         return Glm(Encoder(FEATURES, result), BINARY, Regression(kind="logistic"), Newton(), "standard", MAXIMUM)
@@ -169,6 +189,8 @@ CASES: dict[str, Any] = {
     "fedavg": lambda: Case(averaging(), BINARY, pools=False),
     "fedavg clipped": lambda: Case(averaging(clipped=True), BINARY, pools=False),
     "scaffold": lambda: Case(averaging(scaffold=True), BINARY, pools=False),
+    "private network": lambda: Case(private_averaging("patient"), BINARY),
+    "private network, sites": lambda: Case(private_averaging("site"), BINARY, pools=False),
     "then": lambda: Case(two_phases(), BINARY),
     "private preprocess": lambda: Case(private_preprocess(), BINARY),
     "private preprocess, range": lambda: Case(private_preprocess("range", 1.0), BINARY),

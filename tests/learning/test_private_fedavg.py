@@ -29,8 +29,8 @@ from cohortium.learning.torch_training import Trainer, loss_for, mlp  # noqa: E4
 
 COLUMNS = ("a", "b", "c")
 ROOT = Randomness.of_seed(7)
-NEAR = 2e-6
-"""Relative to the clip: units are clipped a millionth below it, and then rounded to a grid."""
+NEAR = 1e-6
+"""Relative to the clip: units are clipped so much below it, and then rounded to a grid of about 1e-8."""
 TARGETS: dict[str, Any] = {
     "binary": BinaryTarget(name="y"),
     "number": NumberTarget(name="y", unit="d", range=(-1.0, 5.0)),
@@ -100,7 +100,7 @@ def clipped_one_by_one(gradients: np.ndarray, owners: np.ndarray, clip: float) -
         own = np.zeros(gradients.shape[1])
         for row in np.flatnonzero(owners == owner):
             own += gradients[row]
-        total += own * min(1.0, clip / np.linalg.norm(own))
+        total += own * min(1.0, clip * (1 - NEAR) / np.linalg.norm(own))
     return total
 
 

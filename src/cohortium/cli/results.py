@@ -2,10 +2,11 @@
 
 from cohortium.cli.output import Output
 from cohortium.coordinator.result import Result, Sample, losses
+from cohortium.learning.coefficients import CoefficientFit
 from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison, mean_auc
-from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
+from cohortium.learning.network import NetworkFit
 from cohortium.learning.quantile import Quantile, decimals
 
 _COLUMNS = {"federated": "together", "alone": "alone", "pooled": "pooled rows"}
@@ -17,6 +18,12 @@ def show_outcome(output: Output, result: Result, comparison: tuple[Comparison, .
         show_summary(output, result.outcome)
     else:
         show_model(output, result.outcome)
+    if result.privacy:
+        promised = result.privacy
+        output.say(
+            f"Differential privacy: {promised.unit} level, epsilon {promised.epsilon:g} at delta {promised.delta:g}, "
+            f"{promised.neighbouring} ({promised.noise} noise shares under the secure sum)"
+        )
     if comparison:
         show_comparison(output, comparison, result.study.model.kind)
     up, down = sum(r.bytes_up for r in result.rounds), sum(r.bytes_down for r in result.rounds)
@@ -32,8 +39,15 @@ def show_outcome(output: Output, result: Result, comparison: tuple[Comparison, .
 def show_model(output: Output, model: GlobalModel) -> None:
     """Prints a regression's table, or a network's size."""
     fit = model.fit
-    if not isinstance(fit, GlmFit):
-        output.say(f"A network with {sum(weight.size for weight in fit.weights):,} parameters, loss {fit.loss:.4f}")
+    if isinstance(fit, NetworkFit):
+        loss = "" if fit.loss is None else f", loss {fit.loss:.4f}"
+        output.say(f"A network with {sum(weight.size for weight in fit.weights):,} parameters{loss}")
+        return
+    if isinstance(fit, CoefficientFit):
+        about = "about " if model.study.privacy.epsilon is not None else ""
+        title = f"{fit.kind} regression of {about}{fit.patients:,} patients (no standard errors)"
+        rows = [[name, f"{estimate:.4f}"] for name, estimate in zip(fit.names, fit.coefficients, strict=True)]
+        output.table(title, ["", "coefficient"], rows)
         return
     columns = zip(fit.names, fit.coefficients, fit.errors, fit.lower, fit.upper, fit.p_values, strict=True)
     rows = [

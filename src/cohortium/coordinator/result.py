@@ -6,10 +6,11 @@ from typing import Any
 
 from cohortium.core.document import document
 from cohortium.core.study import Study
+from cohortium.guarantees import Promise
 from cohortium.learning.descriptive import Summary
 from cohortium.learning.evaluation import Comparison, mean_auc
-from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
+from cohortium.learning.network import NetworkFit
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Result:
         outcome: a model that predicts, or a summary for descriptive statistics.
         rounds: one record a round.
         bytes_setup: bytes of all messages before the first round and after the last.
+        privacy: the differential privacy that was promised and accounted for; None without it.
         simulated: present if the run was simulated.
     """
 
@@ -90,6 +92,7 @@ class Result:
     outcome: GlobalModel | Summary
     rounds: tuple[RoundRecord, ...]
     bytes_setup: int
+    privacy: Promise | None = None
     simulated: Simulated | None = None
 
     @property
@@ -140,12 +143,13 @@ def as_json(result: Result, comparison: Sequence[Comparison] = ()) -> dict[str, 
         "study": document(result.study),
         "rounds": [asdict(record) for record in result.rounds],
         "bytes_setup": result.bytes_setup,
+        "privacy": asdict(result.privacy) if result.privacy else None,
     }
     if isinstance(outcome, Summary):
         content["summary"] = asdict(outcome)
     else:
         fit = outcome.fit
-        content["fit"] = asdict(fit) if isinstance(fit, GlmFit) else {"kind": "network", "loss": fit.loss}
+        content["fit"] = {"kind": "network", "loss": fit.loss} if isinstance(fit, NetworkFit) else asdict(fit)
     if result.simulated:
         content["seed"] = result.simulated.seed
         content["patients"] = dict(result.simulated.patients)

@@ -26,6 +26,7 @@ from cohortium.core.errors import ProtocolError, RunFailed
 from cohortium.core.layout import entry_names, pack, size
 from cohortium.core.messages import CloseRun, FromSite, KeySet, MaskedUpdate, ToSite, decode_from_site
 from cohortium.core.random import Randomness
+from cohortium.guarantees import promise
 from cohortium.learning.table import Table
 from cohortium.plan import Plan
 from cohortium.secagg.stream import PLAIN, Means
@@ -161,7 +162,7 @@ def run(
                     progress(closed)
             case Finished(outcome):
                 setup += sum(wire.read()[:2])
-                return Result(plan.study, plan.study_id, name, outcome, tuple(records), setup)
+                return Result(plan.study, plan.study_id, name, outcome, tuple(records), setup, promise(plan))
             case Failed(error):
                 # the site that left last ended the run, or else one that saw the round spoiled
                 told = [*list(wire.state.gone)[::-1], *plan.sites]

@@ -20,7 +20,7 @@ What a key gives is fixed for good, on every machine:
 
 Source: inversion with a guide table after Chen and Asau, "On Generating Random Variates from an Empirical
 Distribution", AIIE Transactions 6, 1974. Levels as in Micciancio and Walter, "Gaussian Sampling over the Integers:
-Efficient, Generic, Constant-Time", CRYPTO 2017, section 4, for discrete Gaussians.
+Efficient, Generic, Constant-Time", CRYPTO 2017, for discrete Gaussians.
 
 Trust: whoever learns the key learns the site's noise, can take it off what the site sent if that is seen too, and so
 takes this share out of the sum's protection; all other shares still count. The noise is as random as AES-256 in
@@ -49,7 +49,7 @@ except ImportError as error:
     ) from error
 
 SMALLEST = 5.0
-"""The least deviation of a share. Below it sums of shares would still be private, but nothing here is proved for it."""
+"""The least deviation of a share: sums of smaller ones are less and less like a normal distribution."""
 LARGEST = 2.0**58
 """The largest deviation of a share; no draw leaves 64 bits."""
 RATIO = 16

@@ -4,10 +4,11 @@ from cohortium.coordinator.result import Result, headline, losses
 from cohortium.core.features import BinaryTarget, Number, NumberTarget
 from cohortium.core.study import Study
 from cohortium.guarantees import protection
+from cohortium.learning.coefficients import CoefficientFit
 from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison
-from cohortium.learning.glm import GlmFit
 from cohortium.learning.model import GlobalModel
+from cohortium.learning.network import NetworkFit
 from cohortium.learning.quantile import decimals
 from cohortium.plan import Plan
 from cohortium.web import report
@@ -59,13 +60,24 @@ def assemble(
 def _model(result: Result, model: GlobalModel) -> report.FittedModel:
     objective = tuple(record.objective for record in result.rounds if record.objective is not None)
     lost = "".join(f" {loss}." for loss in losses(result))
-    if not isinstance(model.fit, GlmFit):
+    if isinstance(model.fit, NetworkFit):
         label = "mean training loss"
         note = (
             f"A network with {sum(weight.size for weight in model.fit.weights):,} parameters; it has no coefficients."
         )
         return report.FittedModel(note=note + lost, objective=objective, objective_label=label)
     fit, study = model.fit, result.study
+    if isinstance(fit, CoefficientFit):
+        bare = [report.Coefficient(name=n, estimate=b) for n, b in zip(fit.names, fit.coefficients, strict=True)]
+        return report.FittedModel(
+            coefficients=tuple(bare[1:]),
+            intercept=bare[0],
+            effect=_EFFECTS[fit.kind],
+            exponentiate=fit.kind != "linear",
+            note=f"{_note(study)} Trained by '{study.training.algorithm}', which gives no standard errors." + lost,  # type: ignore[union-attr]
+            objective=objective,
+            objective_label="mean loss",
+        )
     rows = [
         report.Coefficient(name=name, estimate=estimate, standard_error=error, low=low, high=high, p=p)
         for name, estimate, error, low, high, p in zip(
