@@ -3,39 +3,44 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cohortium.adapters import bundled, files, home, machine
+from cohortium.adapters import bundled, files, home, machine, processes
 from cohortium.adapters.home import SiteHome
 from cohortium.adapters.ledger import SqliteLedger, in_memory
 from cohortium.adapters.ledger_file import Keeper
 from cohortium.adapters.sources import FileSource, FrameSource
 from cohortium.coordinator.result import Result, Simulated, as_json
 from cohortium.core import signature
-from cohortium.core.errors import StudyError, nearest
+from cohortium.core.document import study_id
+from cohortium.core.errors import CohortiumError, DataError, SiteError, StudyError, nearest
 from cohortium.core.features import BinaryTarget
 from cohortium.core.messages import FromSite, MaskedUpdate
 from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
 from cohortium.core.study import Study
 from cohortium.engines import local
+from cohortium.engines import tradeoff as trading
 from cohortium.engines.comparison import cross_validate
 from cohortium.learning.descriptive import Summary
 from cohortium.learning.evaluation import Comparison
 from cohortium.learning.model import GlobalModel
+from cohortium.learning.tradeoff import Basis, Point, Tradeoff, as_bytes, points_of
 from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.privacy.calibrate import Budget
 from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.agent import Agent
 from cohortium.site.budget import Accounts
+from cohortium.site.cohort import load
 from cohortium.site.policy import PrivacyPolicy
 from cohortium.site.ports import DataSource
 from cohortium.site.session import Membership
@@ -81,8 +86,10 @@ def example_sites() -> dict[str, Path]:
 
 
 def descriptive(study: Study) -> Study:
-    """Returns the study that describes another study's cohort."""
-    return replace(study, name=f"{study.name}-description"[:63], model=Descriptive(), training=None)
+    """Returns the study that describes another study's cohort, with the same epsilon where that has one."""
+    model = Descriptive() if study.privacy.epsilon is None else Descriptive(refinements=0)
+    privacy = replace(study.privacy, sampling=1.0)
+    return replace(study, name=f"{study.name}-description"[:63], model=model, training=None, privacy=privacy)
 
 
 def simulate(
@@ -199,15 +206,23 @@ def write_report(result: Result, path: str | Path, comparison: tuple[Comparison,
 
 
 def write_result(result: Result, folder: str | Path, comparison: tuple[Comparison, ...] = ()) -> list[Path]:
-    """Writes result.json, model.json (if there is a model) and report.html, and returns their paths."""
+    """Writes result.json, report.html and, if there is a model, model.json and its card; returns their paths."""
     # all is made before anything is written, so that a failure leaves no half of it
     contents = {"result.json": json.dumps(as_json(result, comparison), indent=1, allow_nan=False).encode()}
     if not isinstance(result.outcome, Summary):
         contents["model.json"] = result.model.to_bytes()
+        contents["model-card.md"] = card(result.model, comparison).encode()
     contents["report.html"] = _report(result, comparison)
     for name, data in contents.items():
         write_file(Path(folder) / name, data)
     return [Path(folder) / name for name in contents]
+
+
+def card(model: GlobalModel, comparison: tuple[Comparison, ...] = ()) -> str:
+    """Returns a model's card in Markdown."""
+    from cohortium.web.card import card as page
+
+    return page(model, comparison)
 
 
 def score_file(model: GlobalModel, path: str | Path) -> tuple[list[str], list[float]]:
@@ -374,3 +389,122 @@ def simulated_ledger(root: Randomness, budget: Budget | None = None) -> SqliteLe
 
 def _now() -> datetime:
     return datetime.now(UTC)  # noqa: TID251  the clock is chosen here
+
+
+def tradeoff(
+    study: Study,
+    sites: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    epsilons: Sequence[float],
+    seeds: Sequence[int],
+    delta: float | None = None,
+    holdout: float = 0.25,
+    allowed: float = 0.01,
+    jobs: int | None = None,
+    progress: Callable[[Tradeoff], None] | None = None,
+) -> Tradeoff:
+    """Returns what a study's result is worth at each epsilon, and without noise.
+
+    Runs in processes of its own (see `cohortium.adapters.processes.spread`), so a script that calls this needs the
+    guard `if __name__ == "__main__"`. Each point is kept in the folder's tradeoff.json as soon as it is known, and is
+    not computed again.
+
+    Args:
+        study: the study; its own epsilon does not matter, and it may have none.
+        sites: as for `simulate`.
+        folder: where tradeoff.json is, or is made.
+        epsilons: the epsilons to compare.
+        seeds: each deals out other held-out patients and draws other noise; at least two.
+        delta: for a study that has none itself.
+        holdout: the share of each site's patients on whom results are judged.
+        allowed: the loss of utility that is accepted.
+        jobs: how many processes; as many as there are cores if not given.
+        progress: called with what is known at the start and after each point.
+
+    Raises:
+        StudyError: the grid is none, the study takes no noise, or the folder cannot be written; and what `simulate`
+            raises.
+    """
+    epsilons, seeds = tuple(sorted(set(epsilons))), tuple(sorted(set(seeds)))
+    trading.refuse_grid(epsilons, seeds, holdout, allowed)
+    chosen = trading.delta_of(study, delta)
+    plan = trading.plans_of(study, epsilons, chosen)[0]
+    _require_sites(plan, sites)
+    records = {name: trading.records_of(plan, source_of(sites[name])) for name in plan.sites}
+    path = Path(folder) / "tradeoff.json"
+    basis = Basis(version("cohortium"), study_id(study), trading.digest(records), chosen, holdout)
+    found = Tradeoff(
+        study=study,
+        basis=basis,
+        utility=trading.utility_of(study),
+        curves=trading.curves_of(study),
+        epsilons=epsilons,
+        seeds=seeds,
+        patients={name: _patients(plan, name, mine) for name, mine in records.items()},
+        allowed=allowed,
+        points=_points_before(path, basis),
+    )
+    _keep(found, path)
+    if progress:
+        progress(found)
+    work = partial(_point, trading.Trial(study, chosen, holdout, records))
+    for point in processes.spread(work, found.missing, jobs or machine.cores()):
+        found = replace(found, points=(*found.points, point))
+        write_file(path, as_bytes(found))
+        if progress:
+            progress(found)
+    return found
+
+
+def write_tradeoff(found: Tradeoff, folder: str | Path) -> list[Path]:
+    """Writes tradeoff.json, tradeoff.png and tradeoff.html, and returns their paths."""
+    # matplotlib takes a second to import, and only pages need it
+    from cohortium.web import tradeoff as page
+
+    contents = {
+        "tradeoff.json": as_bytes(found),
+        "tradeoff.png": page.picture(found),
+        "tradeoff.html": page.page(found),
+    }
+    for name, data in contents.items():
+        write_file(Path(folder) / name, data)
+    return [Path(folder) / name for name in contents]
+
+
+def _point(trial: trading.Trial, task: tuple[float | None, int]) -> Point:
+    """Returns one point; runs in a process of its own."""
+    epsilon, seed = task
+
+    def federate(study: Study, sources: Mapping[str, DataSource]) -> GlobalModel | Summary:
+        return simulate(study, sources, seed=seed).outcome
+
+    try:
+        return trading.point(trial, epsilon, seed, federate)
+    except DataError as error:
+        # its two texts would not both come back from the process
+        raise StudyError(str(error)) from None
+
+
+def _patients(plan: Plan, site: str, records: trading.Records) -> int:
+    try:
+        return load(plan, records).table.patients
+    except DataError as error:
+        raise SiteError(f"{site}: {error}", public=error.public) from None
+
+
+def _points_before(path: Path, basis: Basis) -> tuple[Point, ...]:
+    try:
+        return points_of(path.read_bytes(), basis)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _keep(found: Tradeoff, path: Path) -> None:
+    """Writes what is known before anything is computed, so that a folder that cannot be written costs no time."""
+    try:
+        write_file(path, as_bytes(found))
+    except CohortiumError as error:
+        raise StudyError(f"{error}; nothing was computed: choose another folder") from None

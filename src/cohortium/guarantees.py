@@ -188,8 +188,18 @@ def _readers(plan: Plan) -> str:
     return (
         f"nobody. The coordinator together with up to {withstands.curious} of the {withstands.sites} hospitals, "
         f"{lying} to the others, learns only the sum over the remaining survivors (at least two honest), given pinned "
-        f"identity keys and signed survivor sets.{bare} What a sum reveals is not limited: a lying coordinator chooses "
-        "the coefficients that it is taken at. That a hospital takes part or refuses is not hidden"
+        f"identity keys and signed survivor sets.{bare} {_of_a_sum(plan)} That a hospital takes part or refuses is not "
+        "hidden"
+    )
+
+
+def _of_a_sum(plan: Plan) -> str:
+    if plan.noise is None:
+        return "What a sum reveals is not limited: a lying coordinator chooses the coefficients that it is taken at."
+    colluding = plan.study.privacy.colluding
+    return (
+        f"What the sums reveal of a {plan.study.privacy.unit} is bounded by epsilon, whatever the coordinator asks "
+        f"for, as long as at most {colluding} hospitals collude with it."
     )
 
 
@@ -200,9 +210,17 @@ def _dropouts(plan: Plan) -> str:
         return f"a round needs all {withstands.sites}: if one is missing it yields nothing"
     return (
         f"up to {lost} of {withstands.sites} may be lost in any round, at any step; below {withstands.threshold} it "
-        "yields nothing. Sums over different survivors at the same model differ by one hospital's exact vector: a "
-        "coordinator that lies can ask for them, and an honest run comes near it when the model hardly moves. Only "
-        "dropouts: 0 prevents this, or noise"
+        f"yields nothing. {_of_two_sums(plan)}"
+    )
+
+
+def _of_two_sums(plan: Plan) -> str:
+    if plan.noise is not None:
+        return "Sums over different survivors differ by one hospital's vector under noise, which epsilon counts in"
+    return (
+        "Sums over different survivors at the same model differ by one hospital's exact vector: a coordinator that "
+        "lies can ask for them, and an honest run comes near it when the model hardly moves. Only dropouts: 0 prevents "
+        "this, or noise"
     )
 
 
@@ -223,8 +241,9 @@ def _privacy(plan: Plan) -> list[tuple[str, str]]:
     drawn = f"; each round draws a secret {promised.sampling:.3g} of them" if promised.sampling < 1 else ""
     change = f"{_NEIGHBOURS[promised.neighbouring]} one {unit}{where}"
     promise_text = (
-        f"{unit} level: epsilon {promised.epsilon:g}, delta {promised.delta:g}, for {change}{drawn}. Everything that a run may release comes to epsilon {_up(promised.spent)} by "
-        f"{_METHODS[promised.accounting]} ({_up(promised.spent_rdp)} by Renyi orders)"
+        f"{unit} level: epsilon {promised.epsilon:g}, delta {promised.delta:g}, for {change}{drawn}. "
+        f"Everything that a run may release comes to epsilon {rounded_up(promised.spent)} by "
+        f"{_METHODS[promised.accounting]} ({rounded_up(promised.spent_rdp)} by Renyi orders)"
     )
     return [("Privacy", promise_text), ("Noise", _noise(plan, promised)), ("Not covered", _UNCOVERED)]
 
@@ -249,7 +268,7 @@ def _multiplier(plan: Plan, phase: Phase) -> float:
     return gaussian.event.multiplier if isinstance(gaussian, Sampled) else gaussian.multiplier  # type: ignore[union-attr]
 
 
-def _up(epsilon: float) -> str:
+def rounded_up(epsilon: float) -> str:
     """Returns an epsilon with three decimals, rounded up: a guarantee is not rounded down."""
     return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}"
 

@@ -215,7 +215,7 @@ def _stages(quantiser: FixedPoint | Compressed, layout: Layout, noise: NoiseRule
 def _repeated(times: int, event: DpEvent) -> DpEvent:
     if times == 1 or isinstance(event, Repeated):
         return event
-    return Slack(times * event.delta) if isinstance(event, Slack) else Repeated(times, event)
+    return Slack(min(1.0, times * event.delta)) if isinstance(event, Slack) else Repeated(times, event)
 
 
 def _precision(stage: FixedPoint | Compressed) -> float | None:

@@ -29,6 +29,24 @@ def show(path: ModelFile, as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 @app.command()
+def card(
+    path: ModelFile,
+    out: Annotated[Path | None, typer.Option(help="Write a Markdown file instead of printing.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print a model's card: what it is, what it was made of, what it promises."""
+    text = bootstrap.card(bootstrap.load_model(path))
+    output = Output(as_json, quiet)
+    if out:
+        bootstrap.write_file(out, text.encode())
+        output.say(f"Wrote {out}")
+    elif not (as_json or quiet):
+        print(text, end="")
+    output.result({"card": text})
+
+
+@app.command()
 def predict(
     path: ModelFile,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Patients to score: CSV, TSV, Parquet or JSON.")],

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from cohortium import bootstrap
+from cohortium.cli.arguments import SiteData, StudyFile, site_files
 from cohortium.cli.output import Json, Output, Quiet
 from cohortium.cli.results import show_outcome
+from cohortium.cli.tradeoff import tradeoff
 from cohortium.coordinator.result import as_json
 from cohortium.core.document import document, json_schema
 from cohortium.core.errors import StudyError, nearest
@@ -19,23 +21,12 @@ from cohortium.core.features import BinaryTarget
 from cohortium.core.messages import MaskedUpdate
 from cohortium.core.study import Study
 from cohortium.engines.local import Faults
-from cohortium.guarantees import protection, security
+from cohortium.guarantees import promise, protection, security
 from cohortium.learning.evaluation import Comparison
 from cohortium.plan import compile_study
 
 app = typer.Typer(help="Write, check and simulate study files.", no_args_is_help=True)
 
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).", show_default=False)]
-SiteData = Annotated[
-    list[str],
-    typer.Option(
-        "--site",
-        metavar="NAME=FILE",
-        help="A site's data: CSV, TSV, Parquet or JSON. Once for each site.",
-        default_factory=list,
-        show_default=False,
-    ),
-]
 Seed = Annotated[int, typer.Option(help="Seed of all keys and random choices; equal seeds give equal bits.", min=0)]
 
 
@@ -74,7 +65,7 @@ def check(path: StudyFile, as_json: Json = False, quiet: Quiet = False) -> None:
     study = bootstrap.load_study(path)
     plan = compile_study(study)
     output = Output(as_json, quiet)
-    promises = protection(plan)
+    promises, promised = protection(plan), promise(plan)
     output.say(f"{study.name} v{study.version}  {plan.study_id}")
     output.pairs(promises)
     output.result(
@@ -83,6 +74,7 @@ def check(path: StudyFile, as_json: Json = False, quiet: Quiet = False) -> None:
             "study_id": plan.study_id,
             "guarantees": dict(promises),
             "security": asdict(security(plan)),
+            "privacy": asdict(promised) if promised else None,
             "phases": [
                 {"name": phase.name, "values": phase.values, "rounds": phase.rounds, "precision": phase.precision}
                 for phase in plan.phases
@@ -110,13 +102,24 @@ def simulate(
         list[str] | None,
         typer.Option(help="Lose a site's answer in a round, as in zurich@3, to see what dropouts do; repeat it."),
     ] = None,
+    homes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with a home for each site, whose policy rules and whose privacy ledger is charged; made where "
+            "it is missing."
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a study on this machine, through the messages that a network would carry."""
     study = bootstrap.load_study(path)
     faults = _faults(study, lose or [])
-    _run(study, _sites(site), seed, out or Path(f"{study.name}-result"), folds, Output(as_json, quiet), faults)
+    folder = out or Path(f"{study.name}-result")
+    _run(study, site_files(site), seed, folder, folds, Output(as_json, quiet), faults, homes)
+
+
+app.command("tradeoff")(tradeoff)
 
 
 @app.command()
@@ -133,7 +136,7 @@ def describe(
     """Describe a study's cohort over all sites: counts, missing values, means, quantiles, histograms."""
     study = bootstrap.load_study(path)
     described = bootstrap.descriptive(study)
-    _run(described, _sites(site), seed, out or Path(f"{study.name}-description"), 0, Output(as_json, quiet))
+    _run(described, site_files(site), seed, out or Path(f"{study.name}-description"), 0, Output(as_json, quiet))
 
 
 @app.command()
@@ -150,11 +153,12 @@ def _run(
     folds: int,
     output: Output,
     faults: Faults | None = None,
+    homes: Path | None = None,
 ) -> None:
     if folds == 1 or (folds and not isinstance(study.cohort.target, BinaryTarget)):
         raise StudyError(f"--folds {folds}: give 2 or more, and a study with a binary target")
     with output.bar(f"{study.name}: rounds") as bar:
-        result = bootstrap.simulate(study, sites, seed=seed, progress=bar.closed, faults=faults)
+        result = bootstrap.simulate(study, sites, seed=seed, progress=bar.closed, faults=faults, homes=homes)
     comparison = compared(study, sites, seed, folds, output) if folds else ()
     written = bootstrap.write_result(result, out, comparison)
     show_outcome(output, result, comparison)
@@ -182,15 +186,3 @@ def _faults(study: Study, losses: list[str]) -> Faults | None:
     if not lost:
         return None
     return lambda site, message: isinstance(message, MaskedUpdate) and (site, message.round) in lost
-
-
-def _sites(assignments: list[str]) -> dict[str, Path]:
-    sites: dict[str, Path] = {}
-    for assignment in assignments:
-        name, separator, path = assignment.partition("=")
-        if not (name and separator and path):
-            raise StudyError(f"--site {assignment}: write NAME=FILE, as in --site zurich=zurich.csv")
-        if name in sites:
-            raise StudyError(f"--site {name} is given twice: give each site once")
-        sites[name] = Path(path)
-    return sites
