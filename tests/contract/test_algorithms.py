@@ -150,7 +150,7 @@ def private_phases() -> Then:
     return Then(private_preprocess(multiplier=1.0), Fitted, second, 4)
 
 
-def private_averaging(unit: Any) -> Any:
+def private_averaging(unit: Any, multiplier: float | None = 2.0) -> Any:
     pytest.importorskip("opacus", reason="private networks need the extra: pip install 'cohortium[torch]'")
     from cohortium.learning.fedavg import loss_for, mlp
     from cohortium.learning.private_fedavg import PrivateFedAvg
@@ -164,7 +164,7 @@ def private_averaging(unit: Any) -> Any:
         maximum=MAXIMUM,
         initial=ROOT.child("init"),
         unit=unit,
-        multiplier=2.0,
+        multiplier=multiplier,
         patients=186.0,
         sites=4,
     )
@@ -190,6 +190,7 @@ CASES: dict[str, Any] = {
     "fedavg clipped": lambda: Case(averaging(clipped=True), BINARY, pools=False),
     "scaffold": lambda: Case(averaging(scaffold=True), BINARY, pools=False),
     "private network": lambda: Case(private_averaging("patient"), BINARY),
+    "private network, no noise": lambda: Case(private_averaging("patient", None), BINARY),
     "private network, sites": lambda: Case(private_averaging("site"), BINARY, pools=False),
     "then": lambda: Case(two_phases(), BINARY),
     "private preprocess": lambda: Case(private_preprocess(), BINARY),

@@ -259,8 +259,24 @@ class TestWhatOneUnitAdds:
         subject = algorithm("site", averaging={"clip": 0.5, "update_bound": 0.2})
         (block,) = subject.layout(subject.broadcast(subject.init()))
         assert (block.bound, block.noise) == (0.2, Noise(0.5, 1.5, 1.0))
-        free = algorithm(multiplier=None)
-        assert free.layout(free.broadcast(free.init()))[0].noise is None
+
+    @pytest.mark.parametrize("unit", ["patient", "record", "site"])
+    def test_is_not_announced_without_noise(self, unit: Unit) -> None:
+        free = algorithm(unit, multiplier=None)
+        blocks = free.layout(free.broadcast(free.init()))
+        assert [block.name for block in blocks] == (["update"] if unit == "site" else ["update", "units"])
+        assert not any(block.noise for block in blocks)
+
+
+def test_without_noise_the_units_drawn_are_counted() -> None:
+    table = hospital(1, 60, 20)
+    subject = algorithm(multiplier=None, rate=0.5)
+    start = subject.init()
+    statistics, _ = subject.local(subject.broadcast(start), table, {}, ROOT)
+    _, owners = drawn(table.patient, 60, 0.5, ROOT.child("sample", 0))
+    assert statistics["units"] == len(set(owners.tolist())) < 20
+    moved = subject.update(start, statistics).parameters - start.parameters
+    np.testing.assert_allclose(moved, -0.5 * statistics["update"] / statistics["units"], rtol=1e-9, atol=1e-12)
 
 
 class TestDraws:
@@ -356,12 +372,14 @@ def test_a_site_that_diverges_sends_zeros() -> None:
 def test_federated_is_pooled(unit: Unit, optimiser: Any) -> None:
     tables = [hospital(1, 40, 12), hospital(2, 25), hospital(3, 60, 50, 2.0)]
     server = Server(optimiser=optimiser, learning_rate=0.3, tau=0.05)
-    subject = algorithm(unit, patients=87.0, multiplier=None, averaging={"rounds": 8, "server": server})
+    units = sum(table.rows if unit == "record" else table.patients for table in tables)
+    # without noise the units are counted, so that their number need not be known
+    subject = algorithm(unit, patients=1.0, multiplier=None, averaging={"rounds": 8, "server": server})
     federated = in_the_clear(subject, tables, ROOT)
     together = in_the_clear(subject, [pooled(tables)], ROOT)
     np.testing.assert_allclose(flat(federated), flat(together), rtol=1e-6, atol=1e-6)
     # and noise that is not added changes nothing
-    noisy = in_the_clear(replace(subject, multiplier=2.0), tables, ROOT)
+    noisy = in_the_clear(replace(subject, multiplier=2.0, patients=float(units)), tables, ROOT)
     assert np.array_equal(flat(noisy), flat(federated))
 
 

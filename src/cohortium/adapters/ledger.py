@@ -30,13 +30,14 @@ from cohortium.core.errors import ProtocolError, SiteError
 from cohortium.core.events import Events
 from cohortium.core.filter import Column
 from cohortium.privacy.calibrate import Budget
+from cohortium.privacy.renyi import Price
 from cohortium.site import chain
-from cohortium.site.budget import SITE, Accounts, Charge, Spent, can_pay, study_cost, tariff, total
+from cohortium.site.budget import SITE, Accounts, Charge, Spent, can_pay, study_cost, tariff
 from cohortium.site.chain import Charged, Entry, Keys
-from cohortium.site.renyi_standin import Price
 
 _ROLLS = 8
 """Lists of units whose spends are kept, the last ones used: some 100 MB each with 700,000 patients."""
+_FREE = Price(0, 0)
 _PATIENCE = 30.0
 """Seconds to wait for another process that writes."""
 
@@ -199,13 +200,12 @@ class SqliteLedger:
 
     def _added(self, spent: Spent, roll: _Roll, charges: Sequence[tuple[bytes, Charge]]) -> Spent:
         """Returns what a list of units has spent after more charges."""
-        new: dict[bytes, list[Price]] = {}
+        new: dict[bytes, Price] = {}
         for cohort, charge in charges:
-            new.setdefault(cohort, []).append(charge.price)
+            new[cohort] = new.get(cohort, _FREE) + charge.price
         # into a copy, so that a failure on the way leaves no half of it
         spent = spent.copy() if new else spent
-        for cohort, prices in new.items():
-            price = total(prices)
+        for cohort, price in new.items():
             places = slice(None) if cohort == roll.digest else roll.places(self._log.cohort(cohort))
             self._require_countable(spent[places], price)
             spent[places] += np.array([price.divergence, price.slack], dtype=np.int64)

@@ -9,7 +9,8 @@ import typer
 from cohortium import bootstrap
 from cohortium.cli.output import Json, Output, Quiet
 from cohortium.privacy.calibrate import Budget
-from cohortium.site.budget import Accounts, Distribution, Price, StudyCost, distribution, shown
+from cohortium.privacy.renyi import Price
+from cohortium.site.budget import Accounts, Distribution, StudyCost, distribution, shown
 from cohortium.site.policy import PrivacyPolicy
 
 app = typer.Typer(help="A site's own side: its policy, and its patients' privacy budget.", no_args_is_help=True)
@@ -26,7 +27,7 @@ def init(path: Home, as_json: Json = False, quiet: Quiet = False) -> None:
     """Begin a site's home: an empty privacy ledger, its key, and a policy to edit."""
     written = bootstrap.create_home(path)
     output = Output(as_json, quiet)
-    output.say(f"Wrote {', '.join(map(str, written))}. Keep all of it at the hospital, and back it up after each run.")
+    output.say(f"Wrote {', '.join(map(str, written))}. Keep all of it at the hospital.")
     output.result({"home": str(path), "files": [str(file) for file in written]})
 
 
@@ -35,6 +36,7 @@ def policy(path: Home, as_json: Json = False, quiet: Quiet = False) -> None:
     """Show what this site allows a study to ask for in privacy."""
     rules = bootstrap.load_policy(path)
     output = Output(as_json, quiet)
+    output.say(f"Policy of {path}")
     output.pairs(
         (
             ("Differential privacy", "required of every study" if rules.needs_privacy else "not required"),
@@ -68,6 +70,7 @@ def budget(
     rules, accounts = bootstrap.read_accounts(path, verify=verify)
     spread = distribution(accounts)
     output = Output(as_json, quiet)
+    output.say(f"Privacy budget at {path}")
     facts: list[tuple[str, str]] = [("Budget of a patient", _budget(rules.budget))]
     if accounts.site.divergence:
         facts.append(("Spent by the site", f"epsilon {_epsilon(accounts, accounts.site)}, as one unit of its own"))

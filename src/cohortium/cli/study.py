@@ -11,6 +11,7 @@ import typer
 
 from cohortium import bootstrap
 from cohortium.cli.arguments import SiteData, StudyFile, site_files
+from cohortium.cli.audit import audit_privacy
 from cohortium.cli.output import Json, Output, Quiet
 from cohortium.cli.results import show_outcome
 from cohortium.cli.tradeoff import tradeoff
@@ -120,6 +121,7 @@ def simulate(
 
 
 app.command("tradeoff")(tradeoff)
+app.command("audit-privacy")(audit_privacy)
 
 
 @app.command()

@@ -4,7 +4,7 @@ Only a simulation can make this comparison, since it reads every hospital's data
 cross-validation inside each hospital, so every patient is scored once by models that never saw that patient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,14 +65,14 @@ def cross_validate(
         training = {name: site.subset(patient, site.fold != fold) for name, site in sites.items()}
         tables = {name: site.table.take(site.fold != fold) for name, site in sites.items()}
         federated = federate(training)
-        together = fit_in_the_clear(plan.study, pooled(list(tables.values())), randomness.child("pooled", fold))
+        together = fit_in_the_clear(plan, [pooled(list(tables.values()))], randomness.child("pooled", fold))
         for name, site in sites.items():
             held_out = site.fold == fold
             rows = site.table.take(held_out)
             scores[name]["federated"][held_out] = federated.expect(rows)
             scores[name]["pooled"][held_out] = together.expect(rows)
             mine = randomness.child("alone", name, fold)
-            scores[name]["alone"][held_out] = _score_alone(plan.study, tables[name], rows, mine)
+            scores[name]["alone"][held_out] = score_alone(plan.study, tables[name], rows, mine)
         if progress:
             progress(fold + 1)
     return tuple(
@@ -81,11 +81,43 @@ def cross_validate(
     )
 
 
-def fit_in_the_clear(study: Study, table: Table, randomness: Randomness) -> GlobalModel:
-    """Returns the model that the study's algorithm fits to rows in one place, without protection."""
-    plan = compile_study(study)
-    fitted, fit = in_the_clear(plan.algorithm, [table], randomness)
+def fit_in_the_clear(plan: Plan, tables: Sequence[Table], randomness: Randomness, noise: float = 0.0) -> GlobalModel:
+    """Returns the model that a study's algorithm fits to records that one process may read, without protection.
+
+    `noise` is that of `in_the_clear`.
+    """
+    fitted, fit = in_the_clear(plan.algorithm, tables, randomness, noise)
     return GlobalModel(plan.study, fitted, fit)
+
+
+def score_alone(study: Study, training: Table, rows: Table, randomness: Randomness) -> Floats:
+    """Returns what the hospital's own model predicts, or its base rate where its patients support no model."""
+    assert training.target is not None
+    try:
+        narrow = narrowed(study, training)
+        wide, features = study.cohort.features, narrow.cohort.features
+        model = fit_in_the_clear(compile_study(narrow), [recoded(training, wide, features)], randomness)
+        return model.expect(recoded(rows, wide, features))
+    except CohortiumError:
+        return np.full(rows.rows, training.target.mean())
+
+
+def owners(table: Table) -> np.ndarray:
+    """Returns the number of the patient to whom each row belongs."""
+    return np.arange(table.rows) if table.patient is None else table.patient
+
+
+def shuffled(table: Table, stratified: bool, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields a table's patients in random order: those with each outcome by themselves if `stratified`.
+
+    Whole patients are held out, never some of a patient's records; the first record says which outcome counts.
+    """
+    outcome = np.zeros(table.patients)
+    if stratified:
+        assert table.target is not None
+        outcome = table.target[np.unique(owners(table), return_index=True)[1]]
+    for level in np.unique(outcome):
+        yield generator.permutation(np.flatnonzero(outcome == level))
 
 
 _MODELS = ("federated", "alone", "pooled")
@@ -94,23 +126,7 @@ _MODELS = ("federated", "alone", "pooled")
 def _site(plan: Plan, source: DataSource, folds: int, generator: np.random.Generator) -> _Site:
     identifiers, table = assemble(plan, source)
     assert table.target is not None
-    # whole patients are held out, never some of a patient's records; the first record says which outcome counts
-    owners = np.arange(table.rows) if table.patient is None else table.patient
-    first = np.unique(owners, return_index=True)[1]
-    outcome, fold = table.target[first], np.empty(len(first), dtype=np.int64)
-    for level in np.unique(outcome):
-        mine = generator.permutation(np.flatnonzero(outcome == level))
+    fold = np.empty(table.patients, dtype=np.int64)
+    for mine in shuffled(table, True, generator):
         fold[mine] = (np.arange(len(mine)) + generator.integers(folds)) % folds
-    return _Site(source, identifiers, table, table.target, fold[owners])
-
-
-def _score_alone(study: Study, training: Table, rows: Table, randomness: Randomness) -> Floats:
-    """Returns what the hospital's own model predicts, or its base rate where its patients support no model."""
-    assert training.target is not None
-    try:
-        narrow = narrowed(study, training)
-        wide, features = study.cohort.features, narrow.cohort.features
-        model = fit_in_the_clear(narrow, recoded(training, wide, features), randomness)
-        return model.expect(recoded(rows, wide, features))
-    except CohortiumError:
-        return np.full(rows.rows, training.target.mean())
+    return _Site(source, identifiers, table, table.target, fold[owners(table)])

@@ -1,8 +1,13 @@
 """Generalised linear models by gradient descent on all patients: the form that clips and takes noise well.
 
-Each round adds up the gradient of the mean loss, from coefficients zero on. With a clip, a privacy unit's contribution
-is the average of its records' gradients, scaled down to the clip where it is longer: so each unit counts once, and one
-unit moves the sum by the clip at most, however many records it has. Without a clip each record counts once.
+Each round adds up the gradient of the loss, from coefficients zero on. With a clip, a record whose row z = (1, x) of
+the design is longer than the clip weighs clip / |z|, as in a weighted regression; the weighted gradients of a privacy
+unit's records are added up (averaged, where the unit is a site), and if that is longer than the clip it is scaled down
+to it. So one unit moves the sum by the clip at most, however many records it has. Weights depend on the features alone
+and do not bias the fit, whereas scaling gradients down does: it takes most from those who are predicted worst, until
+predictions drift towards the commoner outcome. A logistic residual is at most 1, so a patient with one record is only
+ever weighted. A linear one is, on the unit scale, but for absurd predictions. Of Poisson counts those far from their
+mean are scaled down: choose a clip several times as large as usual residuals.
 
     step  = momentum * last step - learning rate * (gradient / units + penalty)
 
@@ -13,9 +18,9 @@ draws its units for a round secretly, each one with this probability; the diviso
 since the number drawn is itself a secret.
 
 Sources: Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1, with all patients instead of a lot;
-Song, Chaudhuri and Sarwate 2013, "Stochastic gradient descent with differentially private updates"; averaging: Polyak
-and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging"; the penalty's step is taken at its end
-(proximal), so that no penalty is too large for the learning rate.
+weights: Mallows's, as in Hampel et al., "Robust Statistics", 1986, section 6.3; averaging: Polyak and Juditsky 1992,
+"Acceleration of Stochastic Approximation by Averaging". The penalty's step is taken at its end (proximal), so that no
+penalty is too large for the learning rate.
 
 Units. Coefficients are those of the design as the study scales it; a number target is on the unit scale.
 """
@@ -42,8 +47,8 @@ from cohortium.learning.coefficients import (
 )
 from cohortium.learning.glm import family
 from cohortium.learning.preprocess import Encoder, Scale, to_unit
-from cohortium.learning.private_preprocess import shares
-from cohortium.learning.table import Table, Unit
+from cohortium.learning.private_preprocess import lengths, shares
+from cohortium.learning.table import Owners, Table, Unit
 from cohortium.privacy.clip import sum_clipped
 
 _LARGEST_MEAN = 4.0
@@ -67,8 +72,9 @@ class DescentState:
     Attributes:
         beta, step: `(p,)` the coefficients and the last change of them.
         tail: `(p,)` the sum of the coefficients over the rounds that are averaged.
-        patients: units, or records without a clip, in the last round.
-        loss, first_loss: mean loss in the last round and in the first; None with differential privacy.
+        patients: units, or records without a clip, in the last round; an estimate where they are sampled.
+        loss, first_loss: the last round's loss and the first's, summed over a unit's records and averaged over units;
+            None with differential privacy.
     """
 
     beta: Floats
@@ -158,24 +164,28 @@ class GradientDescent:
         # without a clip, sums are over the unit scale, where their bound follows from the study alone
         scale: Scale = "range" if clip is None else self.scale
         x = np.column_stack([np.ones(table.rows), self.encoder.design(table, scale)])
-        eta = np.clip(x @ (between(self.encoder, scale, self.scale).T @ broadcast.beta), -largest, largest)
+        beta = between(self.encoder, scale, self.scale).T @ broadcast.beta
+        # row by row: a matrix product may round a record's by the records beside it
+        eta = np.clip((x * beta).sum(axis=1), -largest, largest)
         residual = law.mean(eta) - y
+        owners = None if clip is None else table.owners(self.unit)
         if clip is None:
             share, gradient = np.ones(table.rows), x.T @ residual
         else:
-            owners = table.owners(self.unit)
-            share = shares(owners, table.rows)
-            gradient = sum_clipped(x * (share * residual)[:, None], owners, clip)
+            # a sum over a whole site would only ever show its direction
+            share = shares(owners, table.rows) if self.unit == "site" else np.ones(table.rows)
+            weight = np.minimum(1.0, clip / lengths(x))
+            gradient = sum_clipped(x * (weight * share * residual)[:, None], owners, clip)
         if self.multiplier is not None:
             return {"gradient": gradient}, memory
-        units, loss = np.array(np.rint(share.sum())), np.array(share @ law.loss(eta, y))
+        units, loss = np.array(float(_units(owners, table.rows))), np.array(share @ law.loss(eta, y))
         return {"patients": units, "gradient": gradient, "loss": loss}, memory
 
     def update(self, state: DescentState, total: Statistics) -> DescentState:
         training, gradient, loss = self.training, total["gradient"], None
         if self.multiplier is None:
-            patients = drawn = max(1.0, float(np.rint(total["patients"])))
-            loss = float(total["loss"]) / drawn
+            drawn = max(1.0, float(np.rint(total["patients"])))
+            patients, loss = drawn / self.rate, float(total["loss"]) / drawn
         else:
             assert self.encoder.fitted.patients is not None
             patients = self.encoder.fitted.patients
@@ -201,7 +211,7 @@ class GradientDescent:
         beta, loss = state.beta, state.loss
         if self.multiplier is not None:
             beta = state.tail / (state.rounds - self.training.rounds // 2)
-        elif self.rate == 1 and loss is not None and state.first_loss is not None and loss > state.first_loss + _RISE:
+        elif self._rose(state):
             raise ConvergenceError(
                 f"the mean loss rose from {state.first_loss:.4g} to {loss:.4g}: lower training.learning_rate"
             )
@@ -214,9 +224,18 @@ class GradientDescent:
             loss=None if loss is None else loss * target_scale(self.target)[1] ** 2,
         )
 
+    def _rose(self, state: DescentState) -> bool:
+        """Returns whether the objective rose, as far as it is known: no sampling and no weights may explain it."""
+        if self.training.clip is not None or self.rate < 1 or state.loss is None or state.first_loss is None:
+            return False
+        return state.loss > state.first_loss + _RISE
+
     def _drawn(self, table: Table, randomness: Randomness) -> Table:
         """Returns the rows of the units that are drawn, each unit with probability `rate`, independently."""
         owners = table.owners(self.unit)
-        units = table.rows if owners is None else int(owners.max(initial=-1)) + 1
-        drawn = randomness.generator().random(units) < self.rate
+        drawn = randomness.generator().random(_units(owners, table.rows)) < self.rate
         return table.take(drawn if owners is None else drawn[owners])
+
+
+def _units(owners: Owners | None, rows: int) -> int:
+    return rows if owners is None else int(owners.max(initial=-1)) + 1

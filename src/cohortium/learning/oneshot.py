@@ -4,7 +4,8 @@ What leaves a site, with noise: one vector, the sum of one bounded vector for ea
 record's row of the design and t its target, a record's vector is the upper triangle of z z', off-diagonal entries times
 sqrt(2) so that its length is the square of z's, and z t times a constant that makes both halves equally long at most.
 A z that is longer than the clip is scaled down to it, and t with it: such a record counts less in the least squares,
-but is not moved. A unit's vector is the average over its records, so it is as long as one record's at most.
+but is not moved. A unit's vector is the average over its records, so it is as long as one record's at most: each
+unit counts once, and a patient with three records counts a third of each. Without noise and clip each record counts.
 
 The coordinator solves the normal equations with a ridge that the noise calls for: lambda = max(0, r - least eigenvalue)
 with r the size of the noise's own largest eigenvalue, so that what is solved is positive definite whatever the noise.
@@ -20,7 +21,7 @@ features instead of towards zero.
 
 Sources: Wang 2018, "Revisiting differentially private linear regression: optimal and adaptive prediction & estimation
 in unbounded domain", algorithm 2; the noise's operator norm, sigma sqrt(2p): Anderson, Guionnet and Zeitouni, "An
-Introduction to Random Matrices", 2010, theorem 2.1.22.
+Introduction to Random Matrices", 2010, section 2.1.6.
 """
 
 from dataclasses import dataclass
@@ -39,9 +40,8 @@ from cohortium.learning.algorithm import Memory
 from cohortium.learning.coefficients import CoefficientFit, names, raw_coefficients, symmetric
 from cohortium.learning.glm import newton_step
 from cohortium.learning.preprocess import Encoder, FitBroadcast, Scale, to_unit
-from cohortium.learning.private_preprocess import ROUNDING, shares
-from cohortium.learning.table import Table, Unit
-from cohortium.privacy.clip import clipped
+from cohortium.learning.private_preprocess import ROUNDING, lengths, sum_of_averages
+from cohortium.learning.table import Owners, Table, Unit
 
 _RAREST = 0.005
 """The share of outcomes counts as at least this far from 0 and from 1, whatever the noise says."""
@@ -139,17 +139,24 @@ class OneShotRegression:
         else:
             target = table.target - 0.5
         z = np.column_stack([np.ones(table.rows), self.encoder.design(table, self._working_scale)])
+        z *= np.minimum(1.0, self._length / lengths(z))[:, None]
         # the intercept's 1 is scaled with its row, and so tells by how much
-        bounded = clipped(z, self._length)
-        private = self.multiplier is not None or self.training.clip is not None
-        share = shares(table.owners(self.unit), table.rows) if private else np.ones(table.rows)
-        upper = np.triu_indices(z.shape[1])
-        squares = ((bounded * share[:, None]).T @ bounded)[upper] * np.where(upper[0] == upper[1], 1.0, 2**0.5)
-        products = (share * bounded[:, 0] * target) @ bounded * self._factor
-        moments = {"moments": np.concatenate([squares, products])}
+        target = z[:, 0] * target * self._factor
+        first, second = np.triu_indices(z.shape[1])
+        weight = np.where(first == second, 1.0, 2**0.5)
+
+        def vectors(rows: Owners) -> Floats:
+            part = z[rows]
+            return np.concatenate([part[:, first] * part[:, second] * weight, part * target[rows][:, None]], axis=1)
+
+        clips = self.multiplier is not None or self.training.clip is not None
+        owners = table.owners(self.unit) if clips else None
+        length = len(weight) + z.shape[1]
+        moments = {"moments": sum_of_averages(vectors, length, owners, table.rows, self.norm)}
         if self.multiplier is not None:
             return moments, memory
-        return {"patients": np.array(np.rint(share.sum())), **moments}, memory
+        units = table.rows if owners is None else len(np.unique(owners))
+        return {"patients": np.array(float(units)), **moments}, memory
 
     def update(self, state: OneShotState, total: Statistics) -> OneShotState:
         size = len(self.encoder.columns) + 1

@@ -37,9 +37,16 @@ from cohortium.core.random import Randomness
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.descriptive import CategorySummary, Describe, Histogram, NumberSummary, Summary
 from cohortium.learning.preprocess import FitBroadcast, middle_and_half, to_unit
-from cohortium.learning.private_preprocess import MOMENTS_LENGTH, ROUNDING, mean_and_variance, moments, shares
+from cohortium.learning.private_preprocess import (
+    MOMENTS_LENGTH,
+    ROUNDING,
+    indicators,
+    mean_and_variance,
+    moments,
+    sum_of_averages,
+)
 from cohortium.learning.quantile import Quantile, split
-from cohortium.learning.table import Table, Unit
+from cohortium.learning.table import Owners, Table, Unit
 
 _DEVIATIONS = 2.0
 """How many deviations of noise a quantile's uncertainty covers."""
@@ -115,23 +122,18 @@ class PrivateDescribe:
     def local(
         self, broadcast: FitBroadcast, table: Table, memory: Memory, randomness: Randomness
     ) -> tuple[Statistics, Memory]:
-        share = shares(table.owners(self.unit), table.rows)
-        parts = [np.array([share.sum()])]
-        for name, feature in self.columns.items():
-            column = table.target if self.target and name == self.target.name else table.columns[name]
-            assert column is not None
-            missing = np.isnan(column)
-            known, counted = column[~missing], share[~missing]
-            if isinstance(feature, Number):
-                edges = split(feature.range, self.model.bins)
-                cell = np.clip(np.searchsorted(edges, known, side="right") - 1, 0, self.model.bins - 1)
-                parts.append(counted @ moments(to_unit(known, feature.range)))
-                parts.append(np.bincount(cell, counted, minlength=self.model.bins))
-            else:
-                parts.append(np.bincount(known.astype(np.intp), counted, minlength=len(feature.levels)))
-            if feature.missing == "impute":
-                parts.append(np.array([share[missing].sum()]))
-        return {"sums": np.concatenate(parts)}, memory
+        (block,) = self.layout(broadcast)
+
+        def vectors(rows: Owners) -> Floats:
+            parts = [np.ones((len(rows), 1))]
+            for name, feature in self.columns.items():
+                column = table.target if self.target and name == self.target.name else table.columns[name]
+                assert column is not None
+                parts.append(self._vectors(feature, column[rows]))
+            return np.concatenate(parts, axis=1)
+
+        sums = sum_of_averages(vectors, block.size, table.owners(self.unit), table.rows, self.norm)
+        return {block.name: sums}, memory
 
     def update(self, state: PrivateDescribeState, total: Statistics) -> PrivateDescribeState:
         units, start = max(1.0, float(total["sums"][0])), 1
@@ -165,6 +167,19 @@ class PrivateDescribe:
             return (*feature.levels, *missing)
         bins = tuple(f"bin {index}" for index in range(1, self.model.bins + 1))
         return ("sum", "sum of squares", *bins, *missing)
+
+    def _vectors(self, feature: Feature, column: Floats) -> Floats:
+        """Returns a feature's part of each record's vector, `(n_rows, n_entries)`."""
+        parts = []
+        if isinstance(feature, Category):
+            parts.append(indicators(column, len(feature.levels)))
+        else:
+            cell = np.searchsorted(split(feature.range, self.model.bins), column, side="right") - 1
+            places = np.where(np.isnan(column), np.nan, np.clip(cell, 0, self.model.bins - 1))
+            parts += [moments(to_unit(column, feature.range)), indicators(places, self.model.bins)]
+        if feature.missing == "impute":
+            parts.append(np.isnan(column)[:, None].astype(np.float64))
+        return np.concatenate(parts, axis=1)
 
     def _number(self, name: str, feature: Number, units: float, missing: float, sums: Floats) -> NumberSummary:
         middle, half = middle_and_half(feature.range)

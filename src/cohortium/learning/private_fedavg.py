@@ -15,10 +15,10 @@ Unit site, DP-FedAvg:
 Nothing else leaves a site: no weight, no loss. A unit that comes or goes moves the sum by at most `clip`, and does not
 move the divisor, which is fixed before training; where a site is lost, the mean grows a little shorter. The noise is
 added where sums are protected, never here. Draws follow from the site's own randomness: privacy grows by them only
-because nobody else learns who took part in a round.
+because nobody else learns who took part in a round. A run without noise counts the units drawn and divides by that.
 
 The result is the mean of the parameters after the last half of the rounds. Averaging costs no privacy, and takes away
-most of the noise that the last steps left (on FLCHAIN with local noise, epsilon 0.5: an AUC of .823 instead of .813).
+most of the noise that the last steps left (on FLCHAIN with local noise, epsilon 0.5: an AUC of .821 instead of .799).
 
 Nothing that depends on data stops a run: a gradient or an update that is not finite counts as zero.
 
@@ -80,9 +80,11 @@ class PrivateFedAvg:
         unit: whose data the noise hides.
         multiplier: the least deviation of the noise in a sum, relative to its sensitivity; None for none.
         rate: the probability with which a site draws each of its units for a round.
-        patients: how many units all sites bring together, as noise left the count; at least 1. Not used for sites.
+        patients: how many units all sites bring together, as noise left the count; at least 1. Used neither for sites
+            nor without noise.
         sites: how many sites the study names. Used for sites alone.
-        microbatch: most records whose gradients are held at once; it changes no result but by rounding.
+        microbatch: most records whose gradients are held at once; it changes no result but by rounding, and by what
+            layers such as dropout draw.
     """
 
     module: Factory
@@ -143,7 +145,8 @@ class PrivateFedAvg:
         clip = self._clip
         bound = min(clip, self.averaging.update_bound) if self.unit == "site" else self.maximum * clip
         noise = None if self.multiplier is None else Noise(clip, self.multiplier, self.rate)
-        return (Block("update", broadcast.parameters.shape, bound, noise=noise),)
+        update = Block("update", broadcast.parameters.shape, bound, noise=noise)
+        return (update, Block("units", (), float(self.maximum))) if self._counts else (update,)
 
     def local(
         self, broadcast: PrivateBroadcast, table: Table, memory: Memory, randomness: Randomness
@@ -158,14 +161,15 @@ class PrivateFedAvg:
         units = Units(design, target[rows], owners)
         with seeded(randomness.child("round", broadcast.round)):
             total = sum_of_clipped(per_record(module), self.loss, units, self._clip, self.microbatch)
-        return {"update": total}, memory
+        count = {"units": np.array(float(len(np.unique(owners))))} if self._counts else {}
+        return {"update": total, **count}, memory
 
     def update(self, state: PrivateState, total: Statistics) -> PrivateState:
         bound = self.averaging.update_bound
         if self.unit == "site":
             change = total["update"] / self.sites
         else:
-            gradient = total["update"] / (self.rate * max(1.0, self.patients))
+            gradient = total["update"] / self._divisor(total)
             change = np.clip(-self.averaging.local.learning_rate * gradient, -bound, bound)
         parameters, moments = server.apply(self.averaging.server, state.parameters, state.moments, change)
         # whatever the noise did, an honest broadcast is one that sites admit
@@ -189,9 +193,19 @@ class PrivateFedAvg:
         return Trainer(self.module, self.loss, self.features, self.averaging.local, self.initial)
 
     @property
+    def _counts(self) -> bool:
+        """Whether the units drawn are counted, as only a run without noise may."""
+        return self.multiplier is None and self.unit != "site"
+
+    @property
     def _clip(self) -> float:
         assert self.averaging.clip is not None
         return self.averaging.clip
+
+    def _divisor(self, total: Statistics) -> float:
+        if self._counts:
+            return max(1.0, float(np.rint(total["units"])))
+        return self.rate * max(1.0, self.patients)
 
     def _site_update(self, broadcast: PrivateBroadcast, table: Table, randomness: Randomness) -> Floats:
         """Returns a site's change of the parameters after all of local training, clipped as a whole."""

@@ -21,7 +21,7 @@ Source: Dwork and Roth, "The Algorithmic Foundations of Differential Privacy", 2
 proposition 2.1 (what is done to a noisy sum afterwards costs nothing).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +33,15 @@ from cohortium.core.random import Randomness
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.preprocess import FitBroadcast, FitState, Fitted, Scale, middle_and_half, to_unit
 from cohortium.learning.table import Owners, Table, Unit
+from cohortium.privacy.clip import by_unit, clipped
 
 MOMENTS_LENGTH = 1.125
 """The largest squared length of a number's two moments."""
-ROUNDING = 1 + 1e-9
-"""Norms are declared a little larger than they are, so that rounding in floating point never leads above them."""
+ROUNDING = 1 + 1e-6
+"""Norms are declared a little larger than vectors are long, so that the room which clipping keeps for rounding in
+floating point scales none of them down."""
+_AT_ONCE = 1 << 21
+"""Most numbers of vectors that are held at a time."""
 _SPREAD, _CENTRE = 2.0**0.5, 0.75
 _LEAST_DEVIATION = 0.01
 """On the unit scale: no feature is taken for narrower than a hundredth of half its range."""
@@ -54,9 +58,60 @@ def shares(owners: Owners | None, rows: int) -> Floats:
     return share
 
 
+def lengths(rows: Floats) -> Floats:
+    """Returns the Euclidean norm of each row of `(n_rows, d)`."""
+    length: Floats = np.sqrt((rows * rows).sum(axis=1))
+    return length
+
+
+def sum_of_averages(
+    vectors: Callable[[Owners], Floats], length: int, owners: Owners | None, rows: int, norm: float
+) -> Floats:
+    """Returns the sum `(length,)` over units of the average of a unit's vectors, each scaled down to `norm` if longer.
+
+    Args:
+        vectors: returns the vectors `(k, length)` of the records with the `k` given indices.
+        length: how many numbers a vector holds.
+        owners: which unit each record belongs to, `(rows,)` numbers from 0; None: each to another one.
+        rows: how many records there are.
+        norm: the largest Euclidean norm of a unit's average.
+    """
+    share = shares(owners, rows)
+    order = np.arange(rows) if owners is None else np.argsort(owners, kind="stable")
+    total, unfinished, last = np.zeros(length), np.zeros((1, length)), -1
+    step = max(1, _AT_ONCE // length)
+    for start in range(0, rows, step):
+        part = order[start : start + step]
+        weighted = vectors(part) * share[part][:, None]
+        if owners is None:
+            total += clipped(weighted, norm).sum(axis=0)
+            continue
+        # a unit may have more records than are held at a time: it is clipped when all of it is added up
+        ids, numbers = np.unique(owners[part], return_inverse=True)
+        sums = by_unit(weighted, numbers)
+        if ids[0] == last:
+            sums[0] += unfinished[0]
+        else:
+            total += clipped(unfinished, norm)[0]
+        total += clipped(sums[:-1], norm).sum(axis=0)
+        unfinished, last = sums[-1:], int(ids[-1])
+    total += clipped(unfinished, norm)[0]
+    return total
+
+
+def indicators(places: Floats, cells: int) -> Floats:
+    """Returns `(n_rows, cells)` with a 1 at each row's place and zeros elsewhere; a NaN is nowhere."""
+    at: Floats = (places[:, None] == np.arange(cells)).astype(np.float64)
+    return at
+
+
 def moments(unit: Floats) -> Floats:
-    """Returns `(n_rows, 2)` of what is added up to know mean and variance, from values on the unit scale."""
-    return np.column_stack([unit, _SPREAD * (unit * unit - _CENTRE)])
+    """Returns `(n_rows, 2)` of what is added up to know mean and variance, from values on the unit scale.
+
+    Zeros for a NaN, which is missing.
+    """
+    pair = np.column_stack([unit, _SPREAD * (unit * unit - _CENTRE)])
+    return np.where(np.isnan(pair), 0.0, pair)
 
 
 def mean_and_variance(known: float, first: float, second: float) -> tuple[float, float]:
@@ -122,20 +177,22 @@ class PrivatePreprocess:
     def local(
         self, broadcast: FitBroadcast, table: Table, memory: Memory, randomness: Randomness
     ) -> tuple[Statistics, Memory]:
-        share = shares(table.owners(self.unit), table.rows)
-        parts = [np.array([share.sum()])]
-        for name, feature in self.features.items():
-            column = table.columns[name]
-            missing = np.isnan(column)
-            known, counted = column[~missing], share[~missing]
-            if isinstance(feature, Category):
-                sums = np.bincount(known.astype(np.intp), counted, minlength=len(feature.levels)).tolist()
-                values = dict(zip(feature.levels, sums, strict=True))
-            else:
-                first, second = counted @ moments(to_unit(known, feature.range))
-                values = {"missing": share[missing].sum(), "sum": first, "sum of squares": second}
-            parts.append(np.array([values[entry] for entry in self._entries(feature)]))
-        return {"sums": np.concatenate(parts)}, memory
+        (block,) = self.layout(broadcast)
+
+        def vectors(rows: Owners) -> Floats:
+            parts = [np.ones((len(rows), 1))]
+            for name, feature in self.features.items():
+                column, entries = table.columns[name][rows], self._entries(feature)
+                if isinstance(feature, Category):
+                    parts.append(indicators(column, len(entries)))
+                    continue
+                pair = moments(to_unit(column, feature.range))
+                of = {"missing": np.isnan(column), "sum": pair[:, 0], "sum of squares": pair[:, 1]}
+                parts += [of[entry][:, None] for entry in entries]
+            return np.concatenate(parts, axis=1)
+
+        sums = sum_of_averages(vectors, block.size, table.owners(self.unit), table.rows, self.norm)
+        return {block.name: sums}, memory
 
     def update(self, state: FitState, total: Statistics) -> FitState:
         patients, *rest = total["sums"].tolist()

@@ -33,13 +33,28 @@ _ROUNDED = 1e-12
 """What Fourier transforms may round away of a tail's probability; it is counted as lost."""
 _LEAST_DELTA = 1e-10
 """Below it, that is no longer small beside delta, and Renyi orders take over from PLD."""
-_FINENESS = 64
-"""Grid points of a privacy loss distribution to one release's share of the deviation: epsilon is 0.002% too large."""
-_COARSEST, _MOST_POINTS = 2.0**-8, 2**17
-_LEAST_SAMPLED = 0.02
-"""With less noise, an epsilon above 1,000, sampling is passed over: a sample costs at most what everybody does."""
+_FINENESS = 32
+"""Grid points of a privacy loss distribution to one release's share of the deviation: epsilon is 0.01% too large."""
+_COARSEST, _MOST_POINTS = 2.0**-8, 2**15
+_LEAST, _MOST = 0.02, 1e6
+"""Beyond these multipliers, which no study has use for, a grid of losses loses its digits: sampling is passed over."""
 _ORDERS = (*range(2, 64), 72, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)
 """Whole ones only: those between have a series that does not converge everywhere."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Releases of one kind, with finite noise.
+
+    Attributes:
+        rate: the share of units that is drawn secretly; 1 takes everybody.
+        multiplier: the noise's deviation, relative to the sensitivity.
+        times: how many there are, at least 1.
+    """
+
+    rate: float
+    multiplier: float
+    times: int
 
 
 @dataclass(frozen=True)
@@ -67,14 +82,13 @@ class Releases:
         return 1 / math.sqrt(information) if information > 0 else math.inf
 
 
-def releases(events: Events) -> Releases:
-    """Returns the events as an accountant sees them; those that cost nothing are left out.
+def parts(events: Events) -> tuple[tuple[Part, ...], tuple[float, ...]]:
+    """Returns what was released and what slack it has, as listed; what costs nothing is left out.
 
     Raises:
         ProtocolError: an event is of an unknown kind, or none that a release could have.
     """
-    sampled: Counter[tuple[float, float]] = Counter()
-    plain: Counter[float] = Counter()
+    found: list[Part] = []
     slack: list[float] = []
     for event in events:
         if isinstance(event, Slack):
@@ -88,12 +102,28 @@ def releases(events: Events) -> Releases:
             raise ProtocolError(f"an event is repeated {times} times, which is no number of times")
         if not noise.multiplier > 0:
             raise ProtocolError(f"a noise multiplier is {noise.multiplier}: without noise there is no privacy")
-        if rate == 0 or times == 0 or math.isinf(noise.multiplier):
-            continue
-        if rate == 1 or noise.multiplier < _LEAST_SAMPLED:
-            plain[noise.multiplier] += times
+        if rate > 0 and times > 0 and noise.multiplier < math.inf:
+            found.append(Part(rate, noise.multiplier, times))
+    return tuple(found), tuple(slack)
+
+
+def releases(events: Events) -> Releases:
+    """Returns the events as an accountant sees them.
+
+    Raises:
+        ProtocolError: an event is of an unknown kind, or none that a release could have.
+    """
+    listed, slack = parts(events)
+    sampled: Counter[tuple[float, float]] = Counter()
+    plain: Counter[float] = Counter()
+    # a sample costs at most as much as taking everybody (van Erven and Harremoes 2014, theorem 13: quasi-convexity)
+    noise = [part.multiplier for part in listed]
+    countable = bool(listed) and min(noise) >= _LEAST
+    for part in listed:
+        if part.rate < 1 and countable and part.multiplier <= _MOST:
+            sampled[part.rate, part.multiplier] += part.times
         else:
-            sampled[rate, noise.multiplier] += times
+            plain[part.multiplier] += part.times
     return Releases(
         tuple((*pair, times) for pair, times in sorted(sampled.items())),
         tuple(sorted(plain.items())),
@@ -217,10 +247,19 @@ def _interval(what: Releases) -> float:
     """
     count = sum(times for *_, times in what.sampled) + bool(what.plain)
     fine = math.sqrt(_variance(what) / count) / _FINENESS
-    least = max(_LEAST_SAMPLED, min([what.multiplier, *(z for _, z, _ in what.sampled)]))
-    widest = 1 / (2 * least**2) + 20 / least
+    widest = max(_width(rate, z) for rate, z in [(1.0, what.multiplier), *((rate, z) for rate, z, _ in what.sampled)])
     wanted = max(min(fine, _COARSEST), widest / _MOST_POINTS)
     return float(2.0 ** math.floor(math.log2(wanted)))
+
+
+def _width(rate: float, multiplier: float) -> float:
+    """Returns the length of the range, ten deviations to either side, in which a release's privacy loss lies."""
+    middle, reach = 1 / multiplier / multiplier / 2, 10 / multiplier
+    if rate == 1:
+        return 2 * reach
+    largest = middle + reach
+    gain = math.log1p(rate * math.expm1(largest)) if largest < 700 else largest + math.log(rate)
+    return gain - math.log1p(-rate)
 
 
 def _variance(what: Releases) -> float:
@@ -237,9 +276,11 @@ def _sum(numbers: Iterable[float]) -> float:
 
 def _gaussian_delta(multiplier: float, epsilon: float) -> float:
     """Returns the exact delta of a Gaussian release (Balle and Wang 2018, theorem 8)."""
-    half, reach = 1 / (2 * multiplier), epsilon * multiplier
+    if multiplier == 0 or math.isinf(multiplier):
+        return 1.0 if multiplier == 0 else 0.0
+    half, reach = 1 / multiplier / 2, epsilon * multiplier
     first, second = float(log_ndtr(half - reach)), epsilon + float(log_ndtr(-half - reach))
-    return math.exp(first) * -math.expm1(min(second - first, 0.0))
+    return math.exp(first) * -math.expm1(min(second - first, 0.0)) if first > -math.inf else 0.0
 
 
 def _in_range(value: float, name: str) -> float:

@@ -6,17 +6,17 @@ filter (Feldman and Zrnic 2021, "Individual Privacy Accounting via a Renyi Filte
 numbers that add up without rounding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.events import DpEvent, Events, Gaussian, Repeated, Sampled, Slack
+from cohortium.privacy import renyi
 from cohortium.privacy.calibrate import Budget
-from cohortium.site import renyi_standin as renyi
+from cohortium.privacy.renyi import Price
 from cohortium.site.chain import Charged
-from cohortium.site.renyi_standin import Price
 
 SITE = "(site)"
 """The one unit of a study that protects whole sites."""
@@ -189,9 +189,3 @@ def distribution(accounts: Accounts) -> Distribution | None:
 def shown(patients: int) -> int | str:
     """Returns a number of patients as it may be shown."""
     return patients if patients >= SMALL else f"<{SMALL}"
-
-
-def total(prices: Iterable[Price]) -> Price:
-    """Returns the sum of prices."""
-    listed = list(prices)
-    return Price(sum(price.divergence for price in listed), sum(price.slack for price in listed))

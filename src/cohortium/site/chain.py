@@ -67,11 +67,9 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     @property
     def digest(self) -> bytes:
         """The SHA-256 digest of everything in the entry."""
-        texts = (text.encode() for text in (self.kind, self.time, self.run, self.study))
-        number, place = self.seq.to_bytes(8, "big"), self.round.to_bytes(8, "big")
-        return hashlib.sha256(
-            framed(b"cohortium ledger entry 1", number, self.previous, *texts, place, self.cohort, self.body)
-        ).digest()
+        texts = (str(self.seq), self.kind, self.time, self.run, self.study, str(self.round))
+        parts = (self.previous, *(text.encode() for text in texts), self.cohort, self.body)
+        return hashlib.sha256(framed(b"cohortium ledger entry 1", *parts)).digest()
 
 
 def body(content: Opened | Charged) -> bytes:

@@ -16,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from cohortium.learning.evaluation import Calibration, Roc
 
-# Matplotlib knows no CSS variables: it draws with these stand-ins, which `_finished` replaces.
+# Matplotlib knows no CSS variables: it draws with these stand-ins, which `finished` replaces.
 INK, MUTED, GRID, SURFACE = "#010101", "#010102", "#010103", "#010104"
-FEDERATED, ALONE, POOLED = "#010105", "#010106", "#010107"
+FEDERATED, ALONE, POOLED, LOCAL = "#010105", "#010106", "#010107", "#010108"
 _VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -27,6 +27,7 @@ _VARIABLES = {
     FEDERATED: "var(--federated)",
     ALONE: "var(--alone)",
     POOLED: "var(--pooled)",
+    LOCAL: "var(--local)",
 }
 # The type of its keys differs between versions of Matplotlib.
 _STYLE: dict[Any, Any] = {
@@ -54,7 +55,7 @@ _STYLE: dict[Any, Any] = {
 }
 _LONGEST_LABEL = 24
 _MOST_DOTS = 600
-_POINTS_PER_INCH = 72
+POINTS_PER_INCH = 72
 _WIDTH = 400
 _GROWTH = 1.3
 """A plot may be shown this much larger than it is drawn; on a telephone it shrinks only a little."""
@@ -109,8 +110,8 @@ def forest(
     """Returns a forest plot: one row for each group, its intervals below one another, and a line at `reference`."""
     most = max([len(group.intervals) for group in groups], default=0) or 1
     height = len(groups) * (13 * most + 10) + (84 if legend else 58)
-    with _style(name):
-        figure, axes = _axes(_WIDTH, height)
+    with styled(name):
+        figure, axes = empty_axes(_WIDTH, height)
         if logarithmic:
             _octaves(axes, [value for group in groups for interval in group.intervals for value in interval[1:]])
         for row, group in enumerate(groups):
@@ -126,12 +127,12 @@ def forest(
             looks = [key for key in LOOKS if any(key == i.look for group in groups for i in group.intervals)]
             figure.legend(handles=_handles(looks), loc="outside upper center", ncols=3, columnspacing=1.2)
         description = "; ".join(f"{group.label}: {_spoken(group)}" for group in groups)
-        return _finished(figure, name, title, f"{axis_label} with intervals. {description}.")
+        return finished(figure, name, title, f"{axis_label} with intervals. {description}.")
 
 
 def roc_curves(name: str, title: str, curves: Mapping[str, Roc], areas: Mapping[str, float]) -> Markup:
     """Returns the ROC curves of several models at one hospital, on a square."""
-    with _style(name):
+    with styled(name):
         _, axes = _square("false positive rate", "true positive rate")
         # The federated curve comes last, so that it lies on top.
         for model in reversed([key for key in LOOKS if key in curves]):
@@ -142,25 +143,25 @@ def roc_curves(name: str, title: str, curves: Mapping[str, Roc], areas: Mapping[
         figure = axes.get_figure(root=True)
         assert figure is not None
         spoken = ", ".join(f"{LOOKS[model].label} {area:.2f}" for model, area in areas.items() if model in LOOKS)
-        return _finished(figure, name, title, f"Area under the curve: {spoken}.")
+        return finished(figure, name, title, f"Area under the curve: {spoken}.")
 
 
 def calibration_curve(name: str, title: str, bins: Calibration) -> Markup:
     """Returns observed against predicted risk of the federated model, dots sized by the patients in a bin."""
-    with _style(name):
+    with styled(name):
         figure, axes = _square("predicted risk", "observed share")
         axes.plot(bins.predicted, bins.observed, color=FEDERATED, linewidth=1.2)
         largest = max(bins.count, default=1)
         areas = [18 + 45 * count / largest for count in bins.count]
         axes.scatter(bins.predicted, bins.observed, s=areas, color=FEDERATED, zorder=3, clip_on=False)
         pairs = ", ".join(f"{p:.2f} and {o:.2f}" for p, o in zip(bins.predicted, bins.observed, strict=True))
-        return _finished(figure, name, title, f"Predicted and observed, bin by bin: {pairs}.")
+        return finished(figure, name, title, f"Predicted and observed, bin by bin: {pairs}.")
 
 
 def convergence(name: str, title: str, objective: Sequence[float], axis_label: str) -> Markup:
     """Returns the objective by round."""
-    with _style(name):
-        figure, axes = _axes(_WIDTH, 220)
+    with styled(name):
+        figure, axes = empty_axes(_WIDTH, 220)
         rounds = range(1, len(objective) + 1)
         marker = "o" if len(objective) <= 40 else ""
         axes.plot(rounds, objective, color=FEDERATED, linewidth=1.8, marker=marker, markersize=5)
@@ -169,7 +170,7 @@ def convergence(name: str, title: str, objective: Sequence[float], axis_label: s
         axes.set_xlabel("round")
         axes.set_ylabel(axis_label)
         description = f"{axis_label}: {objective[0]:.6g} after the first round, {objective[-1]:.6g} after the last."
-        return _finished(figure, name, title, description)
+        return finished(figure, name, title, description)
 
 
 def scatter_of_integers(name: str, title: str, values: Sequence[int], bits: int, kind: WireKind) -> Markup:
@@ -177,7 +178,7 @@ def scatter_of_integers(name: str, title: str, values: Sequence[int], bits: int,
     shown, half = values[:_MOST_DOTS], 2 ** (bits - 1)
     heights = [value / half for value in shown]
     colour, marker = (ALONE, "s") if kind == "computed" else (FEDERATED, "o")
-    with _style(name):
+    with styled(name):
         figure = _empty(_WIDTH, 210)
         grid = figure.add_gridspec(1, 2, width_ratios=(4, 1))
         dots = figure.add_subplot(grid[0])
@@ -194,7 +195,7 @@ def scatter_of_integers(name: str, title: str, values: Sequence[int], bits: int,
         histogram.set_xlabel("count")
         inside = sum(abs(height) < 1 / 15 for height in heights) / max(len(heights), 1)
         description = f"{len(shown)} integers; {inside:.0%} of them lie within a fifteenth of the range, around zero."
-        return _finished(figure, name, title, description)
+        return finished(figure, name, title, description)
 
 
 def sparkline(counts: Sequence[int | None], label: str) -> Markup:
@@ -212,28 +213,33 @@ def sparkline(counts: Sequence[int | None], label: str) -> Markup:
 
 
 @contextmanager
-def _style(name: str) -> Iterator[None]:
-    """Applies the report's style, whatever the caller's own Matplotlib settings are, and restores those."""
+def styled(name: str, paint: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Applies the report's style, whatever the caller's own Matplotlib settings are, and restores those.
+
+    `paint` gives colours for the stand-ins, where what is drawn is no part of a page.
+    """
+    colours = {key: (paint or {}).get(value, value) for key, value in _STYLE.items() if isinstance(value, str)}
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update({**_STYLE, "svg.hashsalt": name})
+        mpl.rcParams.update({**_STYLE, **colours, "svg.hashsalt": name})
         yield
 
 
 def _empty(width: int, height: int) -> Figure:
     """Returns a figure whose unit is the CSS pixel."""
-    size = (width / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
+    size = (width / POINTS_PER_INCH, height / POINTS_PER_INCH)
     return Figure(figsize=size, layout="constrained", facecolor="none")
 
 
-def _axes(width: int, height: int) -> tuple[Figure, Axes]:
+def empty_axes(width: int, height: int) -> tuple[Figure, Axes]:
+    """Returns a figure of so many CSS pixels, and its axes."""
     figure = _empty(width, height)
     return figure, figure.add_subplot()
 
 
 def _square(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     """Returns axes from 0 to 1 with the diagonal."""
-    figure, axes = _axes(230, 230)
+    figure, axes = empty_axes(230, 230)
     axes.plot((0, 1), (0, 1), color=MUTED, linewidth=1, dashes=(2, 3))
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=x_label, ylabel=y_label)
     axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
@@ -299,7 +305,7 @@ def _raised(number: int) -> str:
     return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _finished(figure: Figure, name: str, title: str, description: str) -> Markup:
+def finished(figure: Figure, name: str, title: str, description: str) -> Markup:
     """Returns a drawn figure as an SVG element with a title and a description, its ids unique to `name`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -310,7 +316,7 @@ def _finished(figure: Figure, name: str, title: str, description: str) -> Markup
         drawn = drawn.replace(here, there)
     for colour, variable in _VARIABLES.items():
         drawn = drawn.replace(colour, variable)
-    width, height = (round(inches * _POINTS_PER_INCH) for inches in figure.get_size_inches())
+    width, height = (round(inches * POINTS_PER_INCH) for inches in figure.get_size_inches())
     opening = (
         f'<svg class="plot" viewBox="0 0 {width} {height}" style="max-width: {_GROWTH * width:.0f}px" role="img" '
         f'aria-labelledby="{name}-title {name}-description"><title id="{name}-title">{escape(title)}</title>'

@@ -169,7 +169,7 @@ def render(report: Report) -> str:
     """Returns the page."""
     model, wire = report.model, report.wire
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             report=report,
@@ -193,15 +193,16 @@ def render(report: Report) -> str:
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Returns what fills in the pages' templates."""
+    made = Environment(
         loader=PackageLoader("cohortium.web"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    made.filters.update(
         count=lambda value: f"{value:,}",
         size=_size,
         decimal=_decimal,
@@ -211,9 +212,9 @@ def _environment() -> Environment:
         exponential=_exponential,
         breakable=_breakable,
     )
-    environment.globals["looks"] = plots.LOOKS
-    environment.tests["number_summary"] = lambda row: isinstance(row, NumberSummary)
-    return environment
+    made.globals["looks"] = plots.LOOKS
+    made.tests["number_summary"] = lambda row: isinstance(row, NumberSummary)
+    return made
 
 
 def _cards(report: Report) -> list[_Card]:
