@@ -139,10 +139,9 @@ def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
             "may still give one away (disclosure control, not differential privacy)"
         )
         rows.append(("Small cells", rule if least > 1 else "counts of any size are sent"))
-    most = f"{cohort.maximum:,} " + ("patients" if cohort.records == "one" else "records")
-    rows.append(
-        ("Takes part", f"a hospital with at least {cohort.minimum:,} patients and at most {most} in the cohort")
-    )
+    least = f"{cohort.minimum:,}" if cohort.records == "one" else f"at least {cohort.minimum:,} patients and at most"
+    most = f"to {cohort.maximum:,} patients" if cohort.records == "one" else f"{cohort.maximum:,} records"
+    rows.append(("Takes part", f"a hospital with {least} {most} in the cohort"))
     return tuple(rows)
 
 

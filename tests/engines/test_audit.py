@@ -1,8 +1,10 @@
 """The audit: correct code passes, planted faults are caught, and what it cannot see is said.
 
-Chance. Each audit of correct code below fails with a probability under 1e-5. By the bound: at epsilon 1 or less it
-fails if about 195 of 250 guesses are right, of which even the best guesser's are right with probability 0.6 each. By
-the noise: its interval misses once in a million audits. Seeds were chosen before the first run.
+Chance. An audit of correct code fails by its bound with a probability of 1e-4 at epsilon 0.5 (169 of 250 guesses would
+have to be right, and an optimal guesser's are with probability 0.56 each) and of 1e-8 at epsilon 1 (195, and 0.61); by
+the noise, whose interval misses once in a million audits, it hardly ever does. With a fifteenth of the noise's variance
+an audit fails by its bound with probability 0.93 at epsilon 0.5, and all but surely at 1. Tolerances of the noise are
+nearly four standard errors. Seeds were chosen before the first run, and equal seeds give equal bits.
 """
 
 from collections import Counter
@@ -74,12 +76,11 @@ def test_a_correct_study_passes(epsilon: float, seed: int) -> None:
     plan = compile_study(study(epsilon))
     found = tried(plan, seed)
     assert found.verdict == "consistent" and found.lower <= epsilon
-    assert found.noise_low < 1 < found.noise_high and found.noise == pytest.approx(1, abs=0.03)
-    # an optimal guesser sees exactly what the accountant counts: the audit is as sharp as it can be
-    assert separation(found) == pytest.approx(1 / releases(plan.releases).multiplier, abs=4.5 * (4 / 1000) ** 0.5)
+    assert found.noise_low < 1 < found.noise_high and found.noise == pytest.approx(1, abs=0.045)
 
 
-CHANGES = [
+CHANGES: list[dict[str, Any]] = [
+    {},
     {"dropouts": 1, "colluding": 2},
     {"dropouts": 2, "colluding": 0},
     {"neighbouring": "replace"},
@@ -93,17 +94,19 @@ CHANGES = [
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_every_kind_of_promise_is_tried_at_its_worst(changes: dict[str, Any]) -> None:
-    plan = compile_study(study(**changes))
+    plan = compile_study(study(8.0, **changes))
     found = tried(plan)
     assert found.verdict == "consistent"
-    assert found.noise == pytest.approx(1, abs=0.03)
+    # without what colluding hospitals tell, or with one hospital too many, it would be off by 0.07 and more
+    assert found.noise == pytest.approx(1, abs=0.045)
     privacy = plan.study.privacy
     assert len(found.lost) == plan.study.aggregation.dropouts and len(found.colluding) == privacy.colluding
     assert found.carriers == len(SITES) - len(found.lost) - len(found.colluding)
+    # an optimal guesser sees what the accountant counts: the audit is as sharp as it can be, but for chance
+    ideal = 1 / releases(plan.releases).multiplier
     if privacy.sampling == 1:
-        assert separation(found) == pytest.approx(1 / releases(plan.releases).multiplier, abs=4.5 * (4 / 1000) ** 0.5)
-    else:
-        assert separation(found) > 0
+        assert separation(found) == pytest.approx(ideal, abs=4.5 * (4 / 1000 * (1 + ideal**2 / 8)) ** 0.5)
+    assert found.lower > 1
 
 
 @pytest.mark.parametrize("protocol", ["rlwe"])
@@ -173,7 +176,7 @@ def test_sites_that_forget_their_noise_are_caught_by_what_is_missing(monkeypatch
     found = tried(compile_study(study()))
     # four of seven honest shares are left: epsilon is about 1.4, which 1,000 canaries do not show
     assert reason(found) == {"noise"}
-    assert found.noise == pytest.approx((4 / 7) ** 0.5, abs=0.03)
+    assert found.noise == pytest.approx((4 / 7) ** 0.5, abs=0.045)
 
 
 def plant_keys(monkeypatch: pytest.MonkeyPatch, rounds: int, key: Callable[[int, int], int]) -> None:
@@ -260,7 +263,9 @@ def test_a_study_that_loses_sites_is_audited_without_them() -> None:
         site: [name for name in data.columns["id"] if name != "bystander"] for site, data in trial.sources.items()
     }
     assert not any(carried[site] for site in SITES[5:])
-    assert sorted(sum(carried.values(), [])) == sorted(f"canary {number}" for number in np.flatnonzero(trial.included))
+    assert sorted(name for names in carried.values() for name in names) == sorted(
+        f"canary {number}" for number in np.flatnonzero(trial.included)
+    )
 
 
 def test_where_hospitals_are_protected_each_is_a_canary() -> None:

@@ -464,6 +464,10 @@ def test_a_study_without_epsilon_gets_one_and_training_that_takes_no_noise_is_re
     assert trading.with_epsilon(bare, 1.0, 1e-5) == study()
     with pytest.raises(StudyError, match="algorithm 'newton' needs exact sums"):
         bootstrap.tradeoff(replace(bare, training=co.Newton()), FRAMES, tmp_path / "out", **ASKED)
+    with pytest.raises(StudyError, match=r"^algorithm 'newton'"):
+        trading.plans_of(replace(bare, training=co.Newton()), [0.5, 1.0], 1e-5)
+    with pytest.raises(StudyError, match=r"^epsilon 1000: "):
+        trading.plans_of(bare, [1.0, 1000.0], 1e-5)
 
 
 def test_data_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:

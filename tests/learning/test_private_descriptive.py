@@ -149,6 +149,19 @@ class TestWithNoise:
             assert noisy.known == pytest.approx(exact.known, rel=0.01)
 
 
+def test_halves_of_patients_divide_by_nothing_that_is_zero() -> None:
+    """Noise may leave one and a half units, of whom half a one is missing."""
+    algorithm = PrivateDescribe(FEATURES, TARGET, Descriptive(bins=2, refinements=0), 100, "patient", 1.0)
+    (block,) = algorithm.layout(FitBroadcast())
+    for units in (0.5, 1.0, 1.5, 2.5):
+        for missing in (0.0, 0.5, 1.0, 1.5):
+            total = np.array(
+                [units if label == "patients" else missing * ("missing" in label) for label in block.labels]
+            )
+            found = algorithm.finish(algorithm.update(algorithm.init(), {"sums": total}))
+            assert all(feature.known + feature.missing == found.n for feature in found.features)
+
+
 def test_refinements_are_refused() -> None:
     with pytest.raises(StudyError, match=r"model\.refinements is 3.*set it to 0"):
         PrivateDescribe(FEATURES, TARGET, Descriptive(), 100, "patient", 1.0)

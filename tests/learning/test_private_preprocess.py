@@ -11,9 +11,10 @@ from cohortium.core import codec
 from cohortium.core.errors import ProtocolError
 from cohortium.core.features import Category, Feature, Number
 from cohortium.core.random import Randomness
+from cohortium.learning import private_preprocess
 from cohortium.learning.algorithm import in_the_clear
 from cohortium.learning.preprocess import Encoder, Fitted, Preprocess
-from cohortium.learning.private_preprocess import PrivatePreprocess, shares
+from cohortium.learning.private_preprocess import PrivatePreprocess, shares, sum_of_averages
 from cohortium.learning.table import Table
 
 FEATURES: dict[str, Feature] = {
@@ -105,6 +106,26 @@ class TestWithoutNoise:
         table = cohort(50, 7)
         table.columns["age"][:] = 60.0
         assert fit([table]).deviations["age"] == pytest.approx(0.01 * 46)
+
+
+class TestSumOfAverages:
+    @pytest.mark.parametrize("at_once", [1, 7, 20, 10**6])
+    @pytest.mark.parametrize("several", [True, False])
+    def test_however_many_records_are_held_at_a_time(self, at_once: int, several: bool, monkeypatch: Any) -> None:
+        """A unit's records may lie in several parts, and it is clipped once, as a whole."""
+        monkeypatch.setattr(private_preprocess, "_AT_ONCE", at_once)
+        rng = np.random.default_rng(2)
+        vectors = rng.normal(0, 1, (40, 2))
+        owners = rng.integers(0, 6, 40) if several else None
+        found = sum_of_averages(lambda rows: vectors[rows], 2, owners, 40, 0.4)
+        groups = [vectors[owners == unit] for unit in range(6)] if owners is not None else vectors[:, None]
+        means = [group.mean(axis=0) for group in groups]
+        expected = np.sum([mean * min(1, 0.4 / np.linalg.norm(mean)) for mean in means], axis=0)
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    def test_nobody(self) -> None:
+        for owners in (None, np.array([], dtype=np.intp)):
+            assert sum_of_averages(lambda rows: np.ones((len(rows), 3)), 3, owners, 0, 1.0).tolist() == [0, 0, 0]
 
 
 class TestWithNoise:

@@ -54,11 +54,14 @@ def tradeoff(**changes: object) -> Tradeoff:
         purpose=co.Purpose(summary="Disease from routine findings"),
         sites=co.Sites(include=("a", "b", "c")),
         cohort=co.Cohort(
-            dataset="d", patient="id", features={"age": co.Number(unit="a", range=(0, 120))}, target=co.BinaryTarget(name="y")
+            dataset="d",
+            patient="id",
+            features={"age": co.Number(unit="a", range=(0, 120))},
+            target=co.BinaryTarget(name="y"),
         ),
         model=co.Regression(kind="logistic"),
         privacy=co.Privacy(unit="patient"),
-    )  # fmt: skip
+    )
     random, points = np.random.default_rng(1), []
     for epsilon, loss in ((0.5, 0.03), (1.0, 0.004), (4.0, 0.002), (None, 0.0)):
         for seed in range(1, 5):

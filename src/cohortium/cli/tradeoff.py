@@ -87,8 +87,8 @@ def _show(output: Output, found: Tradeoff) -> None:
         row += ["", ""] if price is None else [plain(price.loss), plain(price.bound)]
         rows.append(row)
     seeds = len(found.seeds)
-    where = "over" if not found.utility.higher_is_better else "on held-out patients, mean over"
-    title = f"{found.study.name}: {found.utility.name} {where} {seeds} seeds (± to the ends of its 95% interval)"
+    where = "on held-out patients, " if found.utility.higher_is_better else ""
+    title = f"{found.study.name}: {found.utility.name} {where}mean of {seeds} seeds ± 95% interval"
     output.table(title, ["epsilon", *found.curves, "loss", "95% bound"], rows)
     if any(level.failed for level in heights.values()):
         output.say("* Some of these fits found no model in the noise; they count as one that knows the mean alone.")

@@ -68,7 +68,7 @@ class MembershipTest:
         delta, confidence, lower: of the lower bound on epsilon that the attack's own guesses give.
         patients, members: how many there were, and of how many the model was trained on.
         shadows: models that the attack was trained with.
-        auc, auc_low, auc_high: area under its ROC curve with a 95% interval; without ends where none can be given.
+        auc, auc_low, auc_high: area under its ROC curve with a 95% interval.
         fpr: the false positive rate at which the next figures are.
         tpr, tpr_low, tpr_high: the true positive rate there, with a 95% interval.
         most: the largest true positive rate that the study's noise admits there; None without a promise.
@@ -84,8 +84,8 @@ class MembershipTest:
     members: int
     shadows: int
     auc: float
-    auc_low: float | None
-    auc_high: float | None
+    auc_low: float
+    auc_high: float
     fpr: float
     tpr: float
     tpr_low: float
@@ -159,8 +159,8 @@ def _rows(audit: Audit) -> Iterator[tuple[str, str, str, str]]:
         claimed = "" if found.epsilon is None else f"{found.epsilon:g}"
         word = "nothing promised" if found.epsilon is None else _word(found.verdict == "failed")
         yield "membership attack: epsilon", claimed, f"at least {found.lower:.2f}", word
-        ends = "" if found.auc_low is None else f" ({found.auc_low:.3f}–{found.auc_high:.3f})"
-        yield "  AUC (a coin: 0.5)", "", f"{found.auc:.3f}{ends}", ""
+        area = f"{found.auc:.3f} ({found.auc_low:.3f}–{found.auc_high:.3f})"
+        yield "  AUC (a coin: 0.5)", "", area, ""
         most = "" if found.most is None else f"at most {_rate(found.most)}"
         measured = f"{_rate(found.tpr)} ({_rate(found.tpr_low)}–{_rate(found.tpr_high)})"
         yield f"  found at {found.fpr:.0%} false alarms", most, measured, ""

@@ -6,7 +6,7 @@ by itself; what needs the whole (does the range proof hold?) is checked when the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -111,6 +111,9 @@ class Study:
         within("version", self.version, 1, LARGEST)
         if self.training is None and isinstance(self.model, Regression):
             object.__setattr__(self, "training", Newton())
+        if isinstance(self.training, Descent) and self.training.learning_rate is None:
+            rate = _LEARNING_RATES.get(self.model.kind, 1.0)
+            object.__setattr__(self, "training", replace(self.training, learning_rate=rate))
         needed = _NEEDED_TRAINING[type(self.model)]
         require(
             isinstance(self.training, needed),
@@ -129,6 +132,7 @@ _NEEDED_TRAINING: Mapping[type, tuple[type, ...]] = {
     Network: (Averaging,),
     Descriptive: (type(None),),
 }
+_LEARNING_RATES: Mapping[str, float] = {"logistic": 4.0, "linear": 1.0, "poisson": 0.2}
 _TRAINING_WORDS: Mapping[type, str] = {
     Regression: "'algorithm: newton', 'descent' or 'adassp'",
     Network: "'algorithm: fedavg'",

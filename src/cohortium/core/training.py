@@ -26,9 +26,10 @@ class Descent:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     algorithm: Literal["descent"] = "descent"
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 40
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    """Step along the mean gradient, on the scale that features are fitted on."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Step along the mean gradient, on the scale that features are fitted on; 4 for a logistic model, 1 for a linear
+    and 0.2 for a Poisson one."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the last step that the next one keeps."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest Euclidean norm of what one privacy unit adds to a gradient; a longer one is scaled down to it."""
@@ -36,7 +37,7 @@ class Descent:
 
 @dataclass(frozen=True, kw_only=True)
 class OneShot:
-    """AdaSSP: one noisy sum of second moments, then the solution; a logistic model is one Newton step from zero."""
+    """AdaSSP: one noisy sum of second moments, then the solution; for a logistic model one Newton step."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     algorithm: Literal["adassp"] = "adassp"

@@ -42,6 +42,7 @@ from cohortium.core.study import Cohort
 from cohortium.engines.tradeoff import Records
 from cohortium.learning.canaries import Canaries, CanaryState, features, noisy, turned, widened
 from cohortium.plan import Plan
+from cohortium.privacy.attack import one_run
 from cohortium.promise import keeps_promise
 
 _RECORDS = 5
@@ -150,8 +151,6 @@ def scores(of: Trial, blocks: Sequence[Heard]) -> Floats:
 
 def judged(of: Trial, blocks: Sequence[Heard], confidence: float) -> CanaryTest:
     """Returns what a guesser can say who heard `blocks`, beside what the study promises."""
-    from cohortium.privacy.attack import one_run
-
     privacy, score = of.plan.study.privacy, scores(of, blocks)
     assert privacy.epsilon is not None and privacy.delta is not None
     found = one_run(score, of.included, privacy.delta, confidence)

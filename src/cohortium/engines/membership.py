@@ -20,7 +20,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, logit, ndtr, ndtri
-from scipy.stats import rankdata
 
 from cohortium.coordinator.audit import Curve, MembershipTest
 from cohortium.core.errors import CohortError, StudyError
@@ -31,11 +30,11 @@ from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
 from cohortium.core.study import Study
 from cohortium.learning.algorithm import in_the_clear
-from cohortium.learning.evaluation import Roc, evaluate
 from cohortium.learning.model import GlobalModel
 from cohortium.learning.table import Table
 from cohortium.plan import Plan, compile_study
 from cohortium.privacy.accountant import delta, releases
+from cohortium.privacy.attack import attack_auc, found_at, lira, one_run
 from cohortium.promise import spread
 from cohortium.site.cohort import Subset, assemble
 from cohortium.site.ports import DataSource
@@ -170,18 +169,12 @@ def gather(
 
 def judged(plan: Plan, found: Evidence, confidence: float) -> MembershipTest:
     """Returns what the attack makes of its evidence, beside what the study's promise admits."""
-    from cohortium.privacy.attack import lira, one_run
-
-    privacy = plan.study.privacy
-    score = lira(found.released, found.shadows, found.shadow_members)
-    # DeLong's interval asks for scores from 0 to 1, and depends on their order only
-    ranks = (rankdata(score) - 0.5) / len(score)
-    whole = evaluate(found.members, ranks)
-    if whole.auc is None or whole.roc is None:
-        raise CohortError("no patients, or all, were drawn for the model that is attacked: give other data")
-    heights = _at(whole.roc, RATES)
-    hits = round(float(_at(whole.roc, np.array([FPR]))[0]) * whole.positives)
-    low, high = _interval(hits, whole.positives)
+    members = int(found.members.sum())
+    if members in (0, len(found.members)):
+        raise CohortError("no patients, or all, were drawn for the model that is attacked: give more data")
+    privacy, score = plan.study.privacy, lira(found.released, found.shadows, found.shadow_members)
+    area, tpr = attack_auc(score, found.members), found_at(score, found.members, FPR)
+    low, high = _interval(round(tpr * members), members)
     admitted = plan.releases if _covers(plan.study) and plan.noise else None
     bound = one_run(score, found.members, privacy.delta or _DELTA, confidence)
     return MembershipTest(
@@ -190,17 +183,17 @@ def judged(plan: Plan, found: Evidence, confidence: float) -> MembershipTest:
         confidence=confidence,
         lower=bound.epsilon,
         patients=len(score),
-        members=whole.positives,
+        members=members,
         shadows=len(found.shadows),
-        auc=whole.auc,
-        auc_low=whole.auc_low,
-        auc_high=whole.auc_high,
+        auc=area.auc,
+        auc_low=area.low,
+        auc_high=area.high,
         fpr=FPR,
-        tpr=hits / whole.positives,
+        tpr=tpr,
         tpr_low=low,
         tpr_high=high,
         most=None if admitted is None else float(most_found(admitted, np.array([FPR]))[0]),
-        roc=Curve(tuple(RATES.tolist()), tuple(heights.tolist())),
+        roc=Curve(tuple(RATES.tolist()), tuple(found_at(score, found.members, rate) for rate in RATES.tolist())),
         bound=None if admitted is None else Curve(tuple(RATES.tolist()), tuple(most_found(admitted, RATES).tolist())),
     )
 
@@ -253,12 +246,6 @@ def most_found(events: Events, rates: Floats) -> Floats:
 def _covers(study: Study) -> bool:
     """Returns whether what a study promises is about single patients."""
     return study.privacy.unit == "patient" or (study.privacy.unit == "record" and study.cohort.records == "one")
-
-
-def _at(roc: Roc, rates: Floats) -> Floats:
-    """Returns the largest true positive rate of a ROC curve's points at or below false positive rates."""
-    reached = np.searchsorted(np.asarray(roc.fpr), rates, side="right") - 1
-    return np.maximum.accumulate(np.asarray(roc.tpr))[reached]
 
 
 def _interval(hits: int, of: int) -> tuple[float, float]:

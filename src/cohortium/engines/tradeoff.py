@@ -96,7 +96,19 @@ def plans_of(study: Study, epsilons: Sequence[float], delta: float) -> tuple[Pla
     """
     # a description is compared with its own noisy sum before the noise, not with a study of another kind
     grid = (*epsilons, *(() if isinstance(study.model, Descriptive) else (None,)))
-    return tuple(compile_study(with_epsilon(study, epsilon, delta)) for epsilon in grid)
+    plans: list[Plan] = []
+    refused: dict[float, StudyError] = {}
+    for epsilon in grid:
+        try:
+            plans.append(compile_study(with_epsilon(study, epsilon, delta)))
+        except StudyError as error:
+            if epsilon is None:
+                raise
+            refused[epsilon] = error
+    for epsilon, reason in refused.items():
+        # what holds for all of them is the study's fault and no epsilon's
+        raise reason if len(refused) == len(epsilons) else StudyError(f"epsilon {epsilon:g}: {reason}")
+    return tuple(plans)
 
 
 def delta_of(study: Study, delta: float | None) -> float:

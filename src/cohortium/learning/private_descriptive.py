@@ -192,7 +192,7 @@ class PrivateDescribe:
         if count:
             unit_mean, variance = mean_and_variance(max(1.0, known), float(sums[0]), float(sums[1]))
             mean = middle + half * unit_mean
-            sd = half * (variance * known / (known - 1)) ** 0.5 if count > 1 else None
+            sd = half * (variance * count / (count - 1)) ** 0.5 if count > 1 else None
             noise = 0.0 if self.multiplier is None else self.spread * self.multiplier * self.norm
             quantiles = tuple(quantile(q, cells, edges, noise) for q in self.model.quantiles)
         histogram = Histogram(tuple(edges.tolist()), whole(cells, count), hidden=0)

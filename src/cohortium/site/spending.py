@@ -11,27 +11,34 @@ from cohortium.site.cohort import Roster
 
 
 def units(study: Study, roster: Roster) -> Column:
-    """Returns who pays, as text: the cohort's patients, or the site itself where sites are the privacy unit."""
-    return np.array([SITE], dtype=object) if study.privacy.unit == "site" else roster.patients
+    """Returns who pays, as text: the cohort's patients, and before them the site where sites are the privacy unit."""
+    if study.privacy.unit != "site":
+        return roster.patients
+    return np.array([SITE, *roster.patients], dtype=object)
 
 
 def price(study: Study, roster: Roster, cost: Events) -> Events:
     """Returns what events cost each of those who pay.
 
     Where records are the privacy unit, a patient pays for all of his: the most that any patient of the cohort has.
+    Where sites are, one patient more or less is one site's data for another's: twice the change that was protected.
     """
-    if study.privacy.unit != "record" or roster.table.patient is None:
-        return cost
-    return events_for(cost, int(np.bincount(roster.table.patient).max(initial=1)))
+    match study.privacy.unit:
+        case "site":
+            return events_for(cost, 2)
+        case "record" if roster.table.patient is not None:
+            return events_for(cost, int(np.bincount(roster.table.patient).max(initial=1)))
+    return cost
 
 
 def remaining(study: Study, roster: Roster, paid: np.ndarray) -> Roster:
     """Returns the roster of those who can pay, `paid` being a mask over `units`.
 
     Raises:
-        BudgetExceeded: fewer are left than the study's least number of patients.
+        BudgetExceeded: the site itself cannot, or fewer patients are left than the study's least number.
     """
-    stay = np.full(len(roster.patients), bool(paid[0])) if study.privacy.unit == "site" else paid
+    whole = study.privacy.unit != "site"
+    stay = paid if whole else paid[1:] & paid[0]
     if stay.all():
         return roster
     left, minimum = int(stay.sum()), study.cohort.minimum
@@ -39,6 +46,7 @@ def remaining(study: Study, roster: Roster, paid: np.ndarray) -> Roster:
         raise BudgetExceeded(
             f"{left} of {len(stay)} patients have enough of their privacy budget left, fewer than the study's minimum "
             f"of {minimum}. Nothing was sent. The site's steward decides on the budget (policy.yaml).",
-            public="the privacy budget of this site's patients is spent",
+            # as if they were not there: who is out of budget leaves no sign outside
+            public=f"fewer patients than the study's minimum of {minimum}",
         )
     return roster.only(stay)

@@ -11,32 +11,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
 from cohortium.coordinator.audit import Audit, CanaryTest, MembershipTest, figures, sentences
+from cohortium.web.curves import LIGHT
+from cohortium.web.plots import ALONE, FEDERATED, MUTED, POOLED, SURFACE, styled
 
-INK, MUTED, GRID, SURFACE = "#1c1f24", "#5b626d", "#dcdcd6", "#ffffff"
-BLUE, ORANGE, GREEN = "#0069a8", "#c25400", "#00795a"
-"""The report's colours, on paper."""
-# the type of its keys differs between versions of Matplotlib
-_STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 26,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-}
+BLUE, ORANGE, GREEN, GREY = (LIGHT[colour] for colour in (FEDERATED, ALONE, POOLED, MUTED))
+_STYLE: dict[Any, Any] = {"axes.titleweight": "bold", "axes.titlepad": 26}
 _LEAST = 1e-3
 """Rates below it rest on too few patients to be drawn."""
 
@@ -52,11 +31,9 @@ def section(audit: Audit) -> str:
 def picture(audit: Audit) -> bytes:
     """Returns the audit as a PNG: the canaries' scores, and the ROC curve of the membership attack."""
     drawn = [test for test in (audit.canaries, audit.membership) if test is not None]
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
+    with styled("audit", LIGHT), mpl.rc_context(_STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.04)
-        figure = Figure(figsize=(5.6 * len(drawn), 4.5), layout=layout, facecolor=SURFACE)
+        figure = Figure(figsize=(5.6 * len(drawn), 4.5), layout=layout, facecolor=LIGHT[SURFACE])
         grid = figure.subplots(1, len(drawn), squeeze=False)[0]
         for axes, test in zip(grid, drawn, strict=True):
             if isinstance(test, CanaryTest):
@@ -94,7 +71,7 @@ def _membership(axes: Axes, test: MembershipTest) -> None:
         axes.plot(
             test.bound.fpr, test.bound.tpr, color=GREEN, linewidth=1.6, dashes=(5, 2), label="most by the promise"
         )
-    axes.plot(rates, rates, color=MUTED, linewidth=1, dashes=(1, 2), label="a coin")
+    axes.plot(rates, rates, color=GREY, linewidth=1, dashes=(1, 2), label="a coin")
     axes.step(test.roc.fpr, test.roc.tpr, where="post", color=BLUE, linewidth=1.9, label="the attack")
     error = [[max(0.0, test.tpr - test.tpr_low)], [max(0.0, test.tpr_high - test.tpr)]]
     axes.errorbar(test.fpr, test.tpr, error, color=BLUE, marker="o", markersize=5, capsize=3, linewidth=1.4)
@@ -102,8 +79,8 @@ def _membership(axes: Axes, test: MembershipTest) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g}%"))
     axes.set_title("Membership inference on the model")
-    ends = "" if test.auc_low is None else f" ({test.auc_low:.3f} to {test.auc_high:.3f})"
-    _under(axes, f"AUC {test.auc:.3f}{ends}; {test.tpr:.1%} found at {test.fpr:.0%} false alarms")
+    area = f"AUC {test.auc:.3f} ({test.auc_low:.3f} to {test.auc_high:.3f})"
+    _under(axes, f"{area}; {test.tpr:.1%} found at {test.fpr:.0%} false alarms")
     axes.set_xlabel("false alarms: share of other patients")
     axes.set_ylabel("found: share of members")
     axes.grid(which="major")
@@ -113,7 +90,7 @@ def _membership(axes: Axes, test: MembershipTest) -> None:
 
 def _under(axes: Axes, text: str) -> None:
     """Writes a line under a title."""
-    axes.annotate(text, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=MUTED, fontsize=10)
+    axes.annotate(text, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=GREY, fontsize=10)
 
 
 def _plain(text: str) -> str:

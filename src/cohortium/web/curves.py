@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cohortium.learning.tradeoff import Level, Tradeoff, levels, prices, recommended
+from cohortium.learning.tradeoff import Level, Tradeoff, levels, recommended
 from cohortium.web.plots import (
     ALONE,
     FEDERATED,
@@ -46,7 +46,7 @@ LIGHT: Mapping[str, str] = {
 """The page's light colours, for a picture that stands by itself."""
 WIDTH, HEIGHT, SCALE = 720, 400, 2
 """The plot in CSS pixels, and how many pixels of the picture each of them gets."""
-_APART = 0.055
+_APART = 0.07
 """Curves are moved this far from each other, in octaves, so that their error bars stand side by side."""
 _BREAK = 1.35
 """Octaves from the largest epsilon to the study without noise."""
@@ -169,16 +169,15 @@ def _broken(axes: Axes, x: float, paint: Paint) -> None:
 
 
 def _limits(found: Tradeoff) -> tuple[float, float]:
-    """Returns the ends of the utility's axis: all intervals, but nothing much worse than a useless result."""
-    ends = [end for level in levels(found) for end in (level.low, level.high)]
-    best = [price.utility for price in prices(found)]
-    low, high = min(*ends, *best), max(*ends, *best)
-    worst, better = found.utility.useless, max(high, found.utility.useless)
+    """Returns the ends of the utility's axis: all intervals, but for what cannot be or is much worse than useless."""
+    shown = levels(found)
+    low, high, useless = min(level.low for level in shown), max(level.high for level in shown), found.utility.useless
+    reference = next(level.mean for level in shown if (level.curve, level.epsilon) == ("distributed", None))
     if found.utility.higher_is_better:
-        low = max(low, worst - 0.1 * (better - worst))
-        low, high = min(low, high - found.allowed), high
+        high = min(high, 1.0)
+        low = min(max(low, useless - 0.1 * (1 - useless)), reference - found.allowed)
     else:
-        low, high = 0.0, max(min(high, worst), found.allowed)
+        low, high = 0.0, max(min(high, useless), found.allowed)
     room = _ROOM * (high - low) or 0.01
     # the recommendation's word stands at the top
     return low - room, high + 2.2 * room
