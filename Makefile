@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine bench-secagg format clean
+.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine bench-secagg bench-privacy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,7 +52,7 @@ docs: $(VENV)/.test ## regenerate the reference pages and run every code block
 	$(BIN)/python tools/readme_figures.py
 	$(BIN)/python -m pytest tests/docs
 
-bench: bench-engine bench-flamby bench-secagg ## all benchmarks
+bench: bench-engine bench-flamby bench-secagg bench-privacy ## all benchmarks
 
 bench-flamby: $(VENV)/.test ## FLamby's Fed-Heart-Disease, five seeds
 	$(BIN)/python benchmarks/bench_flamby.py
@@ -70,6 +70,14 @@ $(FLOWER)/.done:
 
 bench-secagg: $(VENV)/.test $(FLOWER)/.done ## masking beside Flower's, encryption beside TenSEAL's
 	$(BIN)/python benchmarks/bench_secagg.py --flower-python $(FLOWER)/bin/python
+	$(BIN)/python tools/readme_figures.py
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
+	@touch $@
+
+bench-privacy: $(VENV)/.bench ## AUC against epsilon on FLCHAIN, and the speed of noise
+	$(BIN)/python benchmarks/bench_privacy.py
 	$(BIN)/python tools/readme_figures.py
 
 format: $(VENV)/.test ## let ruff rewrite the layout

@@ -86,7 +86,6 @@ CHANGES: list[dict[str, Any]] = [
     {"neighbouring": "replace"},
     {"sites_per_patient": 3},
     {"sampling": 0.3},
-    {"sampling": 0.3, "sites_per_patient": 2},
     {"records": "several"},
     {"unit": "record", "records": "one", "neighbouring": "replace"},
 ]

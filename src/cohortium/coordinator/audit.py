@@ -175,8 +175,9 @@ def _sentences(audit: Audit) -> Iterator[str]:
 
 
 def _about_canaries(test: CanaryTest) -> Iterator[str]:
+    rounds = "round" if test.rounds == 1 else f"{test.rounds} rounds"
     yield (
-        f"{test.canaries:,} canaries, of which half took part, went through the study's own {test.rounds} rounds. Of "
+        f"{test.canaries:,} canaries, of which half took part, went through the study's own {rounds}. Of "
         f"{test.guesses:,} the guesser said which, and was right about {test.right:,}; a coin is about "
         f"{test.guesses // 2:,}. So with {test.confidence:.0%} confidence epsilon is at least {test.lower:.2f} at "
         f"delta {test.delta:g}. {_conditions(test)}"

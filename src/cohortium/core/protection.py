@@ -96,6 +96,11 @@ class Privacy:
             "privacy.unit 'site' protects whole hospitals: leave out privacy.sampling and privacy.sites_per_patient",
         )
         require(
+            self.sampling == 1.0 or self.sites_per_patient == 1,
+            "privacy.sampling is accounted for where a patient is at one hospital only, because each draws by itself: "
+            "leave out sampling, or sites_per_patient",
+        )
+        require(
             self.sampling == 1.0 or self.neighbouring == "add-or-remove",
             "privacy.sampling is accounted for with 'neighbouring: add-or-remove' only: set it, or leave out sampling",
         )

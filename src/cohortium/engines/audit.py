@@ -29,8 +29,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
-from scipy.stats import binom, chi2
+from scipy.stats import chi2
 
 from cohortium.coordinator.audit import CanaryTest
 from cohortium.core.document import study_id
@@ -244,12 +243,10 @@ def _deviation(of: Trial, noise: Noise) -> float:
 
 def _log_ratios(of: Trial, block: Heard) -> Floats:
     """Returns log P(sum | takes part) - log P(sum | does not) for each entry, with the noise that was promised."""
-    # each copy is drawn on its own; without sampling all of them are
-    drawn = np.arange(of.copies + 1)[:, None, None]
-    likely = binom.logpmf(drawn, of.copies, block.noise.rate)
-    exponent = (drawn * _moved(of, block) - drawn**2 / 2) / _deviation(of, block.noise) ** 2
-    ratios: Floats = logsumexp(likely + exponent, axis=0)
-    return ratios
+    rate, copies = block.noise.rate, of.copies
+    ratios: Floats = copies * (_moved(of, block) - copies / 2) / _deviation(of, block.noise) ** 2
+    # a sampled canary may not have been drawn; it is at one hospital then, where studies sample
+    return ratios if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + ratios)
 
 
 def _noise(of: Trial, blocks: Sequence[Heard]) -> tuple[float, float, float]:

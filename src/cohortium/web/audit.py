@@ -64,12 +64,17 @@ def _canaries(axes: Axes, test: CanaryTest) -> None:
 
 def _membership(axes: Axes, test: MembershipTest) -> None:
     """Draws the attack's ROC curve on logarithmic axes below what the promise admits."""
-    least = max(_LEAST, 1 / max(1, test.patients - test.members))
+    least = min(0.1, max(_LEAST, 1 / max(1, test.patients - test.members)))
     rates = np.geomspace(least, 1, 200)
     if test.bound is not None:
         axes.fill_between(test.bound.fpr, test.bound.tpr, 1, color=GREEN, alpha=0.09, linewidth=0)
         axes.plot(
-            test.bound.fpr, test.bound.tpr, color=GREEN, linewidth=1.6, dashes=(5, 2), label="most by the promise"
+            test.bound.fpr,
+            test.bound.tpr,
+            color=GREEN,
+            linewidth=1.6,
+            dashes=(5, 2),
+            label="upper limit",
         )
     axes.plot(rates, rates, color=GREY, linewidth=1, dashes=(1, 2), label="a coin")
     axes.step(test.roc.fpr, test.roc.tpr, where="post", color=BLUE, linewidth=1.9, label="the attack")
