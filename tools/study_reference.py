@@ -27,9 +27,12 @@ Defaults belong to the study: they are written out before its id is computed, so
 default give the same study. The order of sites and features does not matter either; both are sorted. The order of
 levels does: the first level is the reference, and a binary target's second one is what a model predicts.
 
-Some keys are recorded, hashed and shown, and this version acts on them no further: `version`, `purpose`,
-`cohort.dataset` (a site is given its data file by name) and `privacy.unit`. `sites.minimum`
-only asks that the study names as many sites: how many a round needs follows from `aggregation.dropouts`.
+Some keys are recorded, hashed and shown, and this version acts on them no further: `version`, `purpose` and
+`cohort.dataset` (a site is given its data file by name). `sites.minimum` only asks that the study names as many sites:
+how many a round needs follows from `aggregation.dropouts`. Without `privacy.epsilon`, `privacy.unit` says by whom a
+`training.clip` counts, and changes nothing else.
+
+What goes with `privacy.epsilon`, and what is refused beside it, is on the [researcher's page](researcher.md).
 
 ## The filter
 
@@ -48,7 +51,7 @@ MEANINGS = {
     "Study.model": "What is fitted or described.",
     "Study.preprocessing": "How features reach the model.",
     "Study.aggregation": "How the sites' vectors are summed.",
-    "Study.privacy": "Whom privacy protects. The section must be there, if only as `{unit: patient}`.",
+    "Study.privacy": "Whom privacy protects, and by how much. The section must be there, if only as `{unit: patient}`.",
     "Purpose.summary": "One sentence for people. It is shown and hashed, not acted upon.",
     "Cohort.target": "What is predicted. Descriptive statistics need none; if there is one, they describe it too.",
     "Number.type": "A feature measured as a number.",
@@ -72,8 +75,11 @@ MEANINGS = {
     "Network.activation": "Between the layers.",
     "Descriptive.kind": "A cohort's Table 1. `cohortium study describe` makes such a study of any other.",
     "Descriptive.quantiles": "Which quantiles to estimate.",
-    "Newton.algorithm": "For the regressions.",
+    "Newton.algorithm": "For the regressions, without differential privacy.",
     "Newton.rounds": "Most rounds; using them up is an error. The preprocessing round is not counted.",
+    "Descent.algorithm": "For the regressions, with or without differential privacy.",
+    "Descent.rounds": "Rounds of training, all of which are run. The preprocessing round is not counted.",
+    "OneShot.algorithm": "For linear and logistic regressions, in one round of training.",
     "Averaging.algorithm": "For networks.",
     "Averaging.rounds": "Rounds of training. The preprocessing round is not counted.",
     "Averaging.local": "What a site does in a round.",
@@ -83,8 +89,6 @@ MEANINGS = {
     "Server.learning_rate": "Step size on the mean update; 1 with `sgd` is plain averaging.",
     "Server.beta1": "Decay of the first moment (all but `sgd`).",
     "Server.beta2": "Decay of the second moment (`adam`, `yogi`).",
-    "Privacy.epsilon": "Asks for differential privacy. This version has none and refuses the study: leave it out.",
-    "Privacy.delta": "As `epsilon`.",
 }
 Node = dict[str, Any]
 

@@ -15,7 +15,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 success, 1 the work failed, 2 the study, the data or the command line is wrong.",
+    epilog="Exit codes: 0 success, 1 the work failed, 2 the study, the data or the command line is wrong, 3 refused by "
+    "a policy, an approval, a consent or a budget.",
 )
 app.command("demo")(demo.demo)
 app.add_typer(study.app, name="study")
