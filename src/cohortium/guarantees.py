@@ -139,9 +139,9 @@ def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
             "may still give one away (disclosure control, not differential privacy)"
         )
         rows.append(("Small cells", rule if least > 1 else "counts of any size are sent"))
-    least = f"{cohort.minimum:,}" if cohort.records == "one" else f"at least {cohort.minimum:,} patients and at most"
+    fewest = f"{cohort.minimum:,}" if cohort.records == "one" else f"at least {cohort.minimum:,} patients and at most"
     most = f"to {cohort.maximum:,} patients" if cohort.records == "one" else f"{cohort.maximum:,} records"
-    rows.append(("Takes part", f"a hospital with {least} {most} in the cohort"))
+    rows.append(("Takes part", f"a hospital with {fewest} {most} in the cohort"))
     return tuple(rows)
 
 

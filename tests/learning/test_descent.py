@@ -351,7 +351,7 @@ class TestSampling:
     def test_all_of_a_patients_records_are_drawn_or_none(self) -> None:
         table = visits("logistic", 300, 20, 1)
         assert table.patient is not None
-        drawn = self.algorithm(0.5)._drawn(table, ROOT)
+        drawn = table.drawn("patient", 0.5, ROOT)
         ages = set(drawn.columns["age"].tolist())
         for patient in range(table.patients):
             mine = set(table.columns["age"][table.patient == patient].tolist())

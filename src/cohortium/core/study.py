@@ -16,7 +16,7 @@ from cohortium.core.features import Feature, Target
 from cohortium.core.fields import LARGEST, STRICT, at_most, names, require, within
 from cohortium.core.models import Descriptive, Model, Network, Regression
 from cohortium.core.protection import Aggregation, Privacy
-from cohortium.core.training import Averaging, Descent, Newton, OneShot, Preprocessing, Training
+from cohortium.core.training import LEARNING_RATES, Averaging, Descent, Newton, OneShot, Preprocessing, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Study:
         if self.training is None and isinstance(self.model, Regression):
             object.__setattr__(self, "training", Newton())
         if isinstance(self.training, Descent) and self.training.learning_rate is None:
-            rate = _LEARNING_RATES.get(self.model.kind, 1.0)
+            rate = LEARNING_RATES.get(self.model.kind)
             object.__setattr__(self, "training", replace(self.training, learning_rate=rate))
         needed = _NEEDED_TRAINING[type(self.model)]
         require(
@@ -132,7 +132,6 @@ _NEEDED_TRAINING: Mapping[type, tuple[type, ...]] = {
     Network: (Averaging,),
     Descriptive: (type(None),),
 }
-_LEARNING_RATES: Mapping[str, float] = {"logistic": 4.0, "linear": 1.0, "poisson": 0.2}
 _TRAINING_WORDS: Mapping[type, str] = {
     Regression: "'algorithm: newton', 'descent' or 'adassp'",
     Network: "'algorithm: fedavg'",

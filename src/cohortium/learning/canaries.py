@@ -86,7 +86,7 @@ class Canaries:
     ) -> tuple[Statistics, Memory]:
         statistics = {}
         for block, noise in noisy(self.layout(broadcast)):
-            drawn = self._drawn(table, noise.rate, randomness.child("sample", broadcast.round))
+            drawn = table.drawn(self.unit, noise.rate, randomness.child("sample", broadcast.round))
             vectors = np.zeros((drawn.rows, self.count))
             vectors[np.arange(drawn.rows), drawn.columns["canary"].astype(np.intp)] = drawn.columns["sign"]
             vectors *= turned(broadcast.round) * OVERLONG * noise.norm
@@ -105,15 +105,6 @@ class Canaries:
 
     def progress(self, state: CanaryState) -> tuple[int, float | None]:
         return self.rounds - len(state.sums), None
-
-    def _drawn(self, table: Table, rate: float, randomness: Randomness) -> Table:
-        """Returns the rows of the units that are drawn, each unit with probability `rate`, independently."""
-        if rate == 1:
-            return table
-        owners = table.owners(self.unit)
-        units = np.arange(table.rows) if owners is None else owners
-        drawn = randomness.generator().random(int(units.max(initial=-1)) + 1) < rate
-        return table.take(drawn[units])
 
 
 def turned(number: int) -> float:

@@ -34,7 +34,7 @@ from cohortium.core.features import NumberTarget, Target
 from cohortium.core.layout import Block, Floats, Layout, Noise, Statistics
 from cohortium.core.models import Regression
 from cohortium.core.random import Randomness
-from cohortium.core.training import Descent
+from cohortium.core.training import LEARNING_RATES, Descent
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.coefficients import (
     LARGEST_COEFFICIENT,
@@ -155,8 +155,7 @@ class GradientDescent:
     def local(
         self, broadcast: DescentBroadcast, table: Table, memory: Memory, randomness: Randomness
     ) -> tuple[Statistics, Memory]:
-        if self.rate < 1:
-            table = self._drawn(table, randomness.child("sample", broadcast.round))
+        table = table.drawn(self.unit, self.rate, randomness.child("sample", broadcast.round))
         law, clip = family(self.model.kind, self.target), self.training.clip
         assert table.target is not None
         y = to_unit(table.target, self.target.range) if isinstance(self.target, NumberTarget) else table.target
@@ -194,8 +193,9 @@ class GradientDescent:
             gradient = between(self.encoder, "range", self.scale) @ gradient
         penalty = np.full(len(gradient), self.model.penalty.l2 / patients)
         penalty[0] = 0.0
-        moved = state.beta + training.momentum * state.step - training.learning_rate * gradient / drawn
-        beta = np.clip(moved / (1 + training.learning_rate * penalty), -LARGEST_COEFFICIENT, LARGEST_COEFFICIENT)
+        rate = training.learning_rate or LEARNING_RATES[self.model.kind]
+        moved = state.beta + training.momentum * state.step - rate * gradient / drawn
+        beta = np.clip(moved / (1 + rate * penalty), -LARGEST_COEFFICIENT, LARGEST_COEFFICIENT)
         rounds = state.rounds + 1
         tail = state.tail + beta if rounds > training.rounds // 2 else state.tail
         first = loss if state.first_loss is None else state.first_loss
@@ -229,12 +229,6 @@ class GradientDescent:
         if self.training.clip is not None or self.rate < 1 or state.loss is None or state.first_loss is None:
             return False
         return state.loss > state.first_loss + _RISE
-
-    def _drawn(self, table: Table, randomness: Randomness) -> Table:
-        """Returns the rows of the units that are drawn, each unit with probability `rate`, independently."""
-        owners = table.owners(self.unit)
-        drawn = randomness.generator().random(_units(owners, table.rows)) < self.rate
-        return table.take(drawn if owners is None else drawn[owners])
 
 
 def _units(owners: Owners | None, rows: int) -> int:

@@ -40,7 +40,7 @@ from cohortium.core.training import Averaging
 from cohortium.learning import server
 from cohortium.learning.algorithm import Memory
 from cohortium.learning.network import NetworkFit
-from cohortium.learning.table import Owners, Table, Unit
+from cohortium.learning.table import Owners, Table, Unit, sampled
 from cohortium.learning.torch_training import LARGEST, Factory, Loss, Trainer, seeded
 from cohortium.learning.unit_gradients import Units, per_record, sum_of_clipped
 from cohortium.privacy.clip import clipped
@@ -217,18 +217,11 @@ class PrivateFedAvg:
 
 
 def drawn(owners: Owners | None, rows: int, rate: float, randomness: Randomness) -> tuple[Owners, Owners]:
-    """Returns the rows of the units that this round draws, each unit's together, and whose they are.
+    """Returns the rows of the units that a round draws, each unit's together, and whose they are.
 
-    Poisson sampling: every unit is drawn or not on its own, whatever its data and however many others there are.
-
-    Args:
-        owners: the unit of each row, `(n_rows,)` numbers from 0; None: each row is another unit.
-        rows: how many rows there are.
-        rate: a unit's probability.
-        randomness: secret, and another one each round: whoever knows it knows who took part.
+    The arguments are those of `cohortium.learning.table.sampled`.
     """
     units = np.arange(rows) if owners is None else owners
-    chosen = randomness.generator().random(int(units.max(initial=-1)) + 1) < rate
     order = np.argsort(units, kind="stable")
-    order = order[chosen[units[order]]]
+    order = order[sampled(owners, rows, rate, randomness)[order]]
     return order, units[order]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.layout import Floats
+from cohortium.core.random import Randomness
 
 Unit = Literal["patient", "record", "site"]
 Owners = NDArray[np.intp]
@@ -40,6 +41,10 @@ class Table:
             return np.zeros(self.rows, dtype=np.intp)
         return self.patient if unit == "patient" else None
 
+    def drawn(self, unit: Unit, rate: float, randomness: Randomness) -> "Table":
+        """Returns the rows of the units that `sampled` draws."""
+        return self if rate == 1 else self.take(sampled(self.owners(unit), self.rows, rate, randomness))
+
     def take(self, rows: np.ndarray) -> "Table":
         """Returns the given rows (indices or a mask) as a table of their own."""
         target = None if self.target is None else self.target[rows]
@@ -47,6 +52,22 @@ class Table:
         count = int(rows.sum()) if rows.dtype == bool else len(rows)
         patient = None if self.patient is None else np.unique(self.patient[rows], return_inverse=True)[1]
         return Table(count, columns, target, patient)
+
+
+def sampled(owners: Owners | None, rows: int, rate: float, randomness: Randomness) -> NDArray[np.bool_]:
+    """Returns which rows a round draws, `(n_rows,)`: all of a unit's or none.
+
+    Poisson sampling: every unit is drawn or not on its own, whatever its data and however many others there are.
+
+    Args:
+        owners: the unit of each row, `(n_rows,)` numbers from 0; None: each row is another unit.
+        rows: how many rows there are.
+        rate: a unit's probability.
+        randomness: secret, and another one each round: whoever knows it knows who took part.
+    """
+    units = np.arange(rows) if owners is None else owners
+    drawn: NDArray[np.bool_] = randomness.generator().random(int(units.max(initial=-1)) + 1) < rate
+    return drawn[units]
 
 
 def pooled(tables: "list[Table]") -> Table:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 from scipy.special import log_ndtr
 
 from cohortium.core.errors import ProtocolError, StudyError
@@ -214,7 +215,11 @@ def _epsilon(what: Releases, rest: float, method: Method) -> float:
     """Returns epsilon at what slack leaves of delta; cached, because a study is priced more than once on its way."""
     match method:
         case "exact":
-            return float(library().get_epsilon_gaussian(what.multiplier, rest))
+            if _gaussian_delta(what.multiplier, 0.0) <= rest:
+                return 0.0
+            # where epsilon and delta are tiny, its search passes points whose delta is 0 in floating point
+            with np.errstate(divide="ignore"):
+                return float(library().get_epsilon_gaussian(what.multiplier, rest))
         case "pld":
             return float(_accountant(what, method).get_epsilon(rest - _ROUNDED))
         case "rdp":
