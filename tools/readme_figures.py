@@ -27,7 +27,7 @@ PRIVATE = {
     "distributed": "logistic, noise shares under the secure sum",
     "central": "logistic, one trusted party adds the noise",
     "local": "logistic, each hospital adds all of the noise",
-    "alone": "logistic, each hospital by itself",
+    "alone": "logistic, each hospital by itself (mean over hospitals)",
     "adassp": "AdaSSP in one round, noise shares",
     "network": "network of 32, noise shares",
     "network_local": "network of 32, each hospital adds all of the noise",
@@ -86,10 +86,10 @@ def noise(measured: Any) -> str:
     if not drawn:
         return ""
     slowest, fastest = min(drawn.values()) / 1e6, max(drawn.values()) / 1e6
-    beside = f"; OpenDP's exact sampler, called from Python, {peer / 1e6:.2f} million" if peer else ""
+    beside = f"\nOpenDP's exact sampler, called from Python, draws {peer / 1e6:.2f} million." if peer else ""
     return f"""\
-One core draws {slowest:.0f} to {fastest:.0f} million noise values a second, by their deviation{beside}
-({measured["machine"]}).
+One core draws {slowest:.0f} to {fastest:.0f} million noise values a second, by their deviation
+({measured["machine"]}).{beside}
 
 """
 

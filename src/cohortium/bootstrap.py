@@ -230,11 +230,15 @@ def write_result(result: Result, folder: str | Path, comparison: tuple[Compariso
     return [Path(folder) / name for name in contents]
 
 
-def card(model: GlobalModel, comparison: tuple[Comparison, ...] = ()) -> str:
-    """Returns a model's card in Markdown."""
+def card(model: GlobalModel, comparison: tuple[Comparison, ...] = (), audit: str | Path | None = None) -> str:
+    """Returns a model's card in Markdown, with the attack results of an audit's audit.md if one is given.
+
+    Raises:
+        StudyError: `audit` cannot be read, or is no audit's.
+    """
     from cohortium.web.card import card as page
 
-    return page(model, comparison)
+    return page(model, comparison, files.read_text(Path(audit)) if audit else "")
 
 
 def score_file(model: GlobalModel, path: str | Path) -> tuple[list[str], list[float]]:

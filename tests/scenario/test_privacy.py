@@ -125,7 +125,10 @@ class TestRefusedWhenCompiled:
                 lambda: private(training=Averaging(clip=1.0, local=Local(scaffold=True)), model=Network()),
                 "SCAFFOLD",
             ),
-            (lambda: private(1e-6, maximum=100_000_000, sites_per_patient=1000), "its noise included, could overflow 32 bits"),
+            (
+                lambda: private(1e-6, maximum=100_000_000, sites_per_patient=1000),
+                "its noise included, could overflow 32 bits",
+            ),
             (lambda: private(1000.0), "leaves nothing of delta"),
         ],
         ids=[

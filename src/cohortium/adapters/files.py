@@ -52,6 +52,20 @@ def read_model(path: Path) -> GlobalModel:
         raise StudyError(f"{path}: {error}") from None
 
 
+def read_text(path: Path) -> str:
+    """Returns a text file, at most 1 MiB of UTF-8.
+
+    Raises:
+        StudyError: it cannot be read or is no such text; the message names the file.
+    """
+    try:
+        return _read(path, MAX_DOCUMENT_BYTES).decode()
+    except UnicodeDecodeError:
+        raise StudyError(f"{path}: this is no UTF-8 text") from None
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
+
+
 def write(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all.
 

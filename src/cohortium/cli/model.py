@@ -32,11 +32,14 @@ def show(path: ModelFile, as_json: Json = False, quiet: Quiet = False) -> None:
 def card(
     path: ModelFile,
     out: Annotated[Path | None, typer.Option(help="Write a Markdown file instead of printing.")] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="Take in the attack results of an audit: the audit.md that it wrote.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Print a model's card: what it is, what it was made of, what it promises."""
-    text = bootstrap.card(bootstrap.load_model(path))
+    text = bootstrap.card(bootstrap.load_model(path), audit=audit)
     output = Output(as_json, quiet)
     if out:
         bootstrap.write_file(out, text.encode())

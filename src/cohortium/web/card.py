@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cohortium.core.errors import StudyError
 from cohortium.core.features import BinaryTarget, Number
 from cohortium.core.study import Study
 from cohortium.guarantees import Promise, promise, protection, rounded_up
@@ -10,12 +11,18 @@ from cohortium.learning.model import GlobalModel
 from cohortium.plan import compile_study
 
 
-def card(model: GlobalModel, comparison: Sequence[Comparison] = ()) -> str:
+def card(model: GlobalModel, comparison: Sequence[Comparison] = (), attacks: str = "") -> str:
     """Returns a model's card. It holds no patient's data; what it says of privacy is computed from the study.
 
     Args:
         comparison: how the model fared on held-out patients, if that was seen to.
+        attacks: the section that an audit of the study wrote (`cohortium.web.audit.section`), if there was one.
+
+    Raises:
+        StudyError: `attacks` is no such section.
     """
+    if attacks and not attacks.startswith(ATTACKS):
+        raise StudyError(f"this is no section that an audit wrote: it does not begin with '{ATTACKS}'")
     plan = compile_study(model.study)
     study = plan.study
     sections = [
@@ -24,12 +31,14 @@ def card(model: GlobalModel, comparison: Sequence[Comparison] = ()) -> str:
         _section("What it was fitted to", _data(study)),
         _section("Performance", _performance(comparison)),
         _section("Differential privacy", _privacy(promise(plan))),
+        attacks.strip() or _section(ATTACKS.removeprefix("## "), ["Nobody has attacked it in an audit yet."]),
         _section("Protection", [f"- **{question}**: {answer}." for question, answer in protection(plan)]),
         _section("Limits", _LIMITS),
     ]
     return "\n\n".join(sections) + "\n"
 
 
+ATTACKS = "## Attack results"
 _LIMITS = [
     "- It describes the patients of the hospitals named here, and says nothing of how it fares elsewhere.",
     "- An association in it is no cause.",
