@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cohortium import bootstrap
+from cohortium.bootstrap import auditing
 from cohortium.cli import app
 from cohortium.plan import Plan, compile_study
 
@@ -34,7 +35,7 @@ def test_more_than_was_promised(
     )
     monkeypatch.chdir(tmp_path)
     right = bootstrap.audit_canaries
-    monkeypatch.setattr(bootstrap, "audit_canaries", lambda plan, *rest: right(promising_too_much(plan), *rest))
+    monkeypatch.setattr(auditing, "audit_canaries", lambda plan, *rest: right(promising_too_much(plan), *rest))
     # which would refuse such a plan before it runs
     monkeypatch.setattr("cohortium.engines.audit.keeps_promise", lambda study, releases: None)
     given = [word for site in SITES for word in ("--site", f"{site}={site}.csv")]

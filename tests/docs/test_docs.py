@@ -1,6 +1,7 @@
 """The documentation says what is so: examples run, tables are complete, generated pages and figures are current."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +23,11 @@ import pytest
 
 import cohortium
 from cohortium import core
+from cohortium.core.training import Descent
+from cohortium.plan import compile_study
+from cohortium.privacy.calibrate import Budget
 from cohortium.secagg.group import Tolerance, tolerance
+from cohortium.site.budget import tariff
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "cohortium"
@@ -130,6 +135,27 @@ def test_the_threat_model_states_the_bounds_that_the_code_keeps() -> None:
     for row in rows:
         sites, dropouts, threshold, curious, malicious = map(int, row)
         assert tolerance(sites, dropouts) == Tolerance(sites, threshold, curious, malicious)
+
+
+def test_as_many_studies_fit_into_a_budget_as_the_stewards_page_says() -> None:
+    page = (ROOT / "docs" / "data-steward.md").read_text(encoding="utf-8")
+    head = re.search(r"^\| budget \|(.*)\|$", page, re.MULTILINE)
+    assert head
+    epsilons = [float(number) for number in re.findall(r"[\d.]+", head[1])]
+    example = dataclasses.replace(cohortium.load_example(), training=Descent(clip=1.0))
+    studies = [
+        dataclasses.replace(example, privacy=cohortium.Privacy(unit="patient", epsilon=epsilon, delta=1e-5))
+        for epsilon in epsilons
+    ]
+    releases = [compile_study(study).releases for study in studies]
+    rows = re.findall(r"^\| (\d+) ((?:\| \d+ )+)\|$", page, re.MULTILINE)
+    assert len(rows) >= 4
+    for budget, cells in rows:
+        kept = tariff(Budget(float(budget), 1e-5))
+        assert kept.limit is not None
+        prices = [kept.price(events) for events in releases]
+        fitting = [min(kept.limit.divergence // price.divergence, kept.limit.slack // price.slack) for price in prices]
+        assert fitting == [int(cell) for cell in re.findall(r"\d+", cells)]
 
 
 def test_tests_that_pages_name_exist() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from cohortium import bootstrap
+from cohortium.bootstrap import auditing
 from cohortium.coordinator.audit import CanaryTest
 from cohortium.core.features import BinaryTarget, Number
 from cohortium.core.layout import Layout
@@ -171,7 +172,7 @@ def test_sites_that_forget_their_noise_are_caught_by_what_is_missing(monkeypatch
             agents[name].compiler = lambda study, compiled=compiled: short(compiled(study), 1e-3)
         return agents
 
-    monkeypatch.setattr(bootstrap, "simulated_agents", with_silent_sites)
+    monkeypatch.setattr(auditing, "simulated_agents", with_silent_sites)
     found = tried(compile_study(study()))
     # four of seven honest shares are left: epsilon is about 1.4, which 1,000 canaries do not show
     assert reason(found) == {"noise"}

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 
 from cohortium.coordinator.audit import CanaryTest
 from cohortium.core.document import study_id
@@ -257,5 +257,5 @@ def _noise(of: Trial, blocks: Sequence[Heard]) -> tuple[float, float, float]:
     parts = [_moved(of, block)[:, ~of.included].ravel() / _deviation(of, block.noise) for block in blocks]
     seen = np.concatenate(parts)
     squares, count = float(seen @ seen), max(1, len(seen))
-    low, high = (float(chi2.ppf(share, count)) for share in (1 - _MISSED / 2, _MISSED / 2))
+    low, high = (2 * float(gammaincinv(count / 2, share)) for share in (1 - _MISSED / 2, _MISSED / 2))
     return math.sqrt(squares / count), math.sqrt(squares / low), math.sqrt(squares / high)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit, ndtri
-from scipy.stats import binom, rankdata
 
 from cohortium.core.layout import Floats
 
@@ -126,6 +125,9 @@ def at_least(right: int, guesses: int, canaries: int, epsilon: float, delta: flo
     Source: Steinke, Nasr and Jagielski 2023, corollary 5.4, in the form of `p_value_DP_audit` in appendix D.
     """
     chance = float(expit(epsilon))
+    # a second to import, and every command would pay for it
+    from scipy.stats import binom
+
     enough = float(binom.sf(right - 1, guesses, chance))
     if right == 0 or delta == 0:
         return min(1.0, enough)
@@ -172,6 +174,8 @@ def attack_auc(scores: Floats, members: Members) -> Auc:
         Inequalities for Sums of Bounded Random Variables", equation 5.7.
     """
     inside, outside = _split(scores, members)
+    from scipy.stats import rankdata
+
     ranks = rankdata(scores)
     of_members = (ranks[members] - rankdata(inside)) / len(outside)
     of_others = 1 - (ranks[~members] - rankdata(outside)) / len(inside)
