@@ -108,11 +108,17 @@ def _noisy_sums(study: Study) -> Iterator[str]:
             "protocol 'ckks-single-key' lets any hospital read another's update, whose own noise share is too small to "
             "protect it: set aggregation.protocol: masking, or rlwe"
         )
-    least = tolerance(len(study.sites.include), aggregation.dropouts).threshold
-    if colluding >= least:
+    withstands = tolerance(len(study.sites.include), aggregation.dropouts)
+    if colluding >= withstands.threshold:
         yield (
-            f"privacy.colluding is {colluding}, and only {least} hospitals are sure to be in a sum: none might be left "
-            "whose noise protects the rest; lower privacy.colluding or aggregation.dropouts"
+            f"privacy.colluding is {colluding}, and only {withstands.threshold} hospitals are sure to be in a sum: "
+            "none might be left whose noise protects the rest; lower privacy.colluding or aggregation.dropouts"
+        )
+    if colluding > withstands.malicious:
+        yield (
+            f"privacy.colluding is {colluding}, and with {aggregation.dropouts} dropouts a coordinator that lies and "
+            f"{withstands.malicious + 1} hospitals open one hospital's vector, whose own noise share is too small to "
+            f"protect it: set privacy.colluding to {withstands.malicious}, or lower aggregation.dropouts"
         )
 
 

@@ -1,5 +1,7 @@
 """Datasets as a site may hold them: files that DuckDB reads, and data frames in memory."""
 
+import csv
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,40 +14,42 @@ from cohortium.core.errors import DataError
 from cohortium.core.filter import Column
 from cohortium.learning.contract import raw_columns, require_columns
 
-# a level is compared as it is written: DuckDB would make a truth value of "yes" and a date of "2020-01-01"
-_TEXT = "sample_size=-1, auto_type_candidates=['BIGINT', 'DOUBLE', 'VARCHAR']"
-_READERS: Mapping[str, str] = {
-    ".csv": f"read_csv(?, {_TEXT})",
-    ".tsv": f"read_csv(?, {_TEXT}, delim='\t')",
-    ".parquet": "read_parquet(?)",
-    ".json": "read_json(?)",
-    ".ndjson": "read_json(?)",
-}
+# Nothing is inferred from the rows: one patient's value must not change how another's is read. So a cell of a text file
+# is the text that is written there, and the study says what it means (`cohortium.learning.contract`).
+_LINES = (
+    "SELECT line FROM read_csv(?, auto_detect=false, header=false, columns={'line': 'VARCHAR'}, delim=chr(1), "
+    "quote='', escape='', comment='', nullstr=chr(2), new_line='\\n', parallel=false, hive_partitioning=false)"
+)
+_RECORDS = "SELECT json FROM read_json_objects(?, format='auto', hive_partitioning=false)"
+_PARQUET = "SELECT * FROM read_parquet(?, hive_partitioning=false)"
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
+_KINDS = (".csv", ".tsv", ".parquet", ".json", ".ndjson")
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A CSV, TSV, Parquet or JSON file; text files may be compressed (.gz, .zst)."""
+    """A CSV, TSV, Parquet or JSON file; text files may be compressed (.gz, .zst).
+
+    A cell of a text file is read as the text that it is, whatever stands in other rows; Parquet declares its types.
+    """
 
     path: Path
 
     def read(self, names: Sequence[str], *, as_text: Collection[str] = ()) -> Mapping[str, Column]:
-        reader = self._reader()
+        kind = self._kind()
         self.fingerprint()
         try:
             with duckdb.connect(":memory:") as connection:
-                relation = connection.sql(f"SELECT * FROM {reader}", params=[str(self.path)])
-                kinds = dict(zip(relation.columns, map(str, relation.types), strict=True))
-                require_columns(names, list(kinds))
-                texts = [name for name in names if name in as_text]
-                if texts and reader.startswith("read_csv"):
-                    # read again as it is written: 007 is not 7; the names were found, so there is a header
-                    types = ", ".join(f"{_quoted(name)}: 'VARCHAR'" for name in texts)
-                    again = f"{reader.removesuffix(')')}, header=true, types={{{types}}})"
-                    relation = connection.sql(f"SELECT * FROM {again}", params=[str(self.path)])
-                    kinds |= dict.fromkeys(texts, "VARCHAR")
-                wanted = relation.select(*(_as_float_or_text(name, kinds[name], name in as_text) for name in names))
-                return {name: _plain(column) for name, column in wanted.fetchnumpy().items()}
+                if kind == ".parquet":
+                    return _parquet(connection.sql(_PARQUET, params=[str(self.path)]), names, as_text)
+                query = _LINES if kind in _DELIMITERS else _RECORDS
+                (texts,) = connection.sql(query, params=[str(self.path)]).fetchnumpy().values()
+            texts = _plain(texts)
+            if kind in _DELIMITERS:
+                return _table(texts, _DELIMITERS[kind], names)
+            return _objects(texts, names, as_text)
+        except _Malformed as error:
+            raise DataError(f"{self.path}: {error}. Nothing was sent. Correct the file.", public=str(error)) from None
         except duckdb.Error as error:
             # DuckDB quotes the offending line, which may be a patient's
             kind = type(error).__name__
@@ -64,13 +68,13 @@ class FileSource:
             ) from None
         return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
-    def _reader(self) -> str:
+    def _kind(self) -> str:
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         kind = next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".zst")), "")
-        if kind not in _READERS:
+        if kind not in _KINDS:
             reason = f"a data file of type '{kind or 'none'}' is not offered"
-            raise DataError(f"{self.path}: {reason}: use {', '.join(_READERS)}.", public=reason)
-        return _READERS[kind]
+            raise DataError(f"{self.path}: {reason}: use {', '.join(_KINDS)}.", public=reason)
+        return kind
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,64 @@ class FrameSource:
 _NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+class _Malformed(Exception):
+    """A text file is not a table. The message holds no value."""
+
+
+def _table(lines: Column, delimiters: str, names: Sequence[str]) -> Mapping[str, Column]:
+    """Returns columns of delimited text (RFC 4180) as text, None where a cell is empty.
+
+    The header alone decides the delimiter: the one that makes most columns of it, the first of `delimiters` in a tie.
+    """
+    headers = [next(csv.reader(lines[:1], delimiter=each), []) for each in delimiters]
+    header = max(headers, key=len)
+    require_columns(names, header)
+    for name in names:
+        if header.count(name) > 1:
+            raise _Malformed(f"the header names column '{name}' more than once")
+    rows = csv.reader((f"{line or ''}\n" for line in lines), delimiter=delimiters[headers.index(header)], strict=True)
+    places = [header.index(name) for name in names]
+    cells: list[list[str | None]] = [[] for _ in names]
+    try:
+        if next(rows) != header:
+            raise _Malformed("the header cannot be read")
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise _Malformed("a row has more or fewer cells than the header")
+            for column, place in zip(cells, places, strict=True):
+                column.append(row[place] or None)
+    except csv.Error:
+        raise _Malformed("a row's quotes are not closed, or text stands beside them") from None
+    return {name: np.array(column, dtype=object) for name, column in zip(names, cells, strict=True)}
+
+
+def _objects(texts: Column, names: Sequence[str], as_text: Collection[str]) -> Mapping[str, Column]:
+    """Returns values of JSON objects as text, a number as it is written; None where one is null or not there."""
+    try:
+        # a number stays the text that it is
+        rows = [json.loads(text, parse_int=str, parse_float=str, parse_constant=str) for text in texts]
+    except (ValueError, RecursionError):
+        raise _Malformed("a record is not JSON") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise _Malformed("a record is no JSON object")
+    require_columns(names, list(dict.fromkeys(key for row in rows for key in row)))
+    return {name: np.array([_written(row.get(name), name in as_text) for row in rows], dtype=object) for name in names}
+
+
+def _written(value: Any, as_text: bool) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    # the levels of a truth value are 0 and 1
+    return str(int(value)) if isinstance(value, bool) and not as_text else json.dumps(value)
+
+
+def _parquet(relation: Any, names: Sequence[str], as_text: Collection[str]) -> Mapping[str, Column]:
+    kinds = dict(zip(relation.columns, map(str, relation.types), strict=True))
+    require_columns(names, list(kinds))
+    wanted = relation.select(*(_as_float_or_text(name, kinds[name], name in as_text) for name in names))
+    return {name: _plain(column) for name, column in wanted.fetchnumpy().items()}
 
 
 def _as_float_or_text(name: str, kind: str, as_text: bool) -> duckdb.Expression:

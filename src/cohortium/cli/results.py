@@ -1,7 +1,7 @@
 """How results look in a terminal."""
 
 from cohortium.cli.output import Output
-from cohortium.coordinator.result import Result, Sample, losses
+from cohortium.coordinator.result import SEED_TELLS, Result, Sample, losses
 from cohortium.learning.coefficients import CoefficientFit
 from cohortium.learning.descriptive import NumberSummary, Summary
 from cohortium.learning.evaluation import Comparison, mean_auc
@@ -23,6 +23,7 @@ def show_outcome(output: Output, result: Result, comparison: tuple[Comparison, .
         output.say(
             f"Differential privacy: {promised.unit} level, epsilon {promised.epsilon:g} at delta {promised.delta:g}, "
             f"{promised.neighbouring} ({promised.noise} noise shares under the secure sum)"
+            + (f"; {SEED_TELLS}" if result.simulated else "")
         )
     if comparison:
         show_comparison(output, comparison, result.study.model.kind)

@@ -134,6 +134,16 @@ def headline(result: Result, comparison: tuple[Comparison, ...]) -> str:
     )
 
 
+SEED_TELLS = "whoever knows a simulation's seed can take its noise away, so its result is as secret as its data"
+
+
+def _privacy(result: Result) -> dict[str, Any] | None:
+    if result.privacy is None:
+        return None
+    simulated = {"holds": False, "because": SEED_TELLS} if result.simulated else {"holds": True}
+    return asdict(result.privacy) | simulated
+
+
 def as_json(result: Result, comparison: Sequence[Comparison] = ()) -> dict[str, Any]:
     """Returns what a program wants to know of a run, as plain JSON values; a network's weights are left out."""
     outcome = result.outcome
@@ -143,7 +153,7 @@ def as_json(result: Result, comparison: Sequence[Comparison] = ()) -> dict[str, 
         "study": document(result.study),
         "rounds": [asdict(record) for record in result.rounds],
         "bytes_setup": result.bytes_setup,
-        "privacy": asdict(result.privacy) if result.privacy else None,
+        "privacy": _privacy(result),
     }
     if isinstance(outcome, Summary):
         content["summary"] = asdict(outcome)

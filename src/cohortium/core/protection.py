@@ -78,11 +78,13 @@ class Privacy:
     """What a change is: one unit more or less, or one unit's data exchanged for other data."""
     sites_per_patient: Annotated[int, Field(ge=1, le=1000)] = 1
     """Most hospitals of the study at which one patient may be (k_max); noise grows by this factor."""
+    records_per_patient: Annotated[int, Field(ge=1, le=1000)] = 10
+    """With unit record: the most records of a patient at a site. Who has more is left out; each pays for so many."""
     colluding: Annotated[int, Field(ge=0, le=999)] = 1
     """Hospitals that may tell others their noise, so that the rest must add enough; any reader of the result counts."""
     preprocessing: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the budget for what is fitted before the model: the patients' number, means, deviations, levels."""
-    sampling: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sampling: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
     """Share of its units that each site draws secretly for a round of training, each one independently."""
 
     def __post_init__(self) -> None:

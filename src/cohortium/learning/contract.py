@@ -1,5 +1,6 @@
 """The data contract: raw columns against the study's features, for training at a site and for scoring a patient."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from cohortium.core.features import BinaryTarget, Category, Feature, Number, Num
 from cohortium.core.filter import Column, is_missing
 from cohortium.core.layout import Floats
 
+# "nan" and "inf" are what programs write for a missing and an infinite number
+_NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|nan|inf|infinity)", re.IGNORECASE)
+_BLANKS = " \t\r\n"
 _RAISE = "Correct them, or raise the target's maximum."
 Mask = NDArray[np.bool_]
 
@@ -60,11 +64,13 @@ def require_columns(names: Sequence[str], found: Sequence[str]) -> None:
 def typed(features: Mapping[str, Feature], raw: Mapping[str, Column]) -> dict[str, Column]:
     """Returns each feature's column as what the study says it is: floats, or labels.
 
+    Each cell is converted alone, by the study and the cell: a differentially private sum rests on that.
+
     Raises:
-        DataError: a number's column holds text.
+        DataError: a number's column holds text that is no number.
     """
     return {
-        name: _numbers(name, raw[name], feature.unit) if isinstance(feature, Number) else labels(raw[name])
+        name: _numbers(name, raw[name], feature.unit) if isinstance(feature, Number) else labels(raw[name], feature)
         for name, feature in features.items()
     }
 
@@ -84,7 +90,8 @@ def conform_target(target: Target, raw: Column) -> Floats:
     """Returns the target as a table holds it: 0 or 1, a number within range, or a count; NaN for missing."""
     if isinstance(target, BinaryTarget):
         advice = "Correct them, or change the target's levels."
-        return _coded(target.name, labels(raw), Category(levels=target.levels), advice)
+        levels = Category(levels=target.levels)
+        return _coded(target.name, labels(raw, levels), levels, advice)
     if isinstance(target, NumberTarget):
         numbers = _numbers(target.name, raw, target.unit)
         return _within(target.name, numbers, target.range, target.unit, target.outside)
@@ -115,17 +122,45 @@ def after_missing(name: str, rule: str, column: Floats, offered: str = "impute o
 def _numbers(name: str, raw: Column, unit: str) -> Floats:
     if raw.dtype.kind == "f":
         return raw
-    if is_missing(raw).all():
-        return np.full(len(raw), np.nan)
-    reason = f"column '{name}' holds text, and the study expects numbers ({unit})"
-    raise DataError(f"{reason}. Nothing was sent. Correct the column's type.", public=reason)
+    try:
+        return np.array([np.nan if cell is None else _number(cell) for cell in raw], dtype=np.float64)
+    except ValueError:
+        reason = f"column '{name}' holds text, and the study expects numbers ({unit})"
+        raise DataError(f"{reason}. Nothing was sent. Correct the column's type.", public=reason) from None
 
 
-def labels(raw: Column) -> Column:
-    """Returns a column as text, None where missing; a number is written as short as it can be."""
-    if raw.dtype.kind != "f":
-        return raw
-    return np.array([None if np.isnan(value) else f"{value:.15g}" for value in raw], dtype=object)
+def _number(cell: str) -> float:
+    """Returns the number that a cell holds, NaN if it is blank, or raises a `ValueError`."""
+    text = cell.strip(_BLANKS)
+    if not text:
+        return np.nan
+    if not _NUMBER.fullmatch(text):
+        raise ValueError("no number")
+    return float(text)
+
+
+def labels(raw: Column, feature: Category) -> Column:
+    """Returns a column as text, None where missing.
+
+    A level is compared as it is written. What is none is compared as a number written as short as it can be, if it is
+    one, so that 1.0 and 01 are the level 1.
+    """
+    if raw.dtype.kind == "f":
+        return np.array([_shortest(value) for value in raw], dtype=object)
+    levels = {level: level for level in feature.levels}
+    return np.array([None if cell is None else levels.get(cell) or _relabelled(cell) for cell in raw], dtype=object)
+
+
+def _relabelled(cell: str) -> str | None:
+    try:
+        return _shortest(_number(cell)) if cell.strip(_BLANKS) else cell
+    except ValueError:
+        return cell
+
+
+def _shortest(number: float) -> str | None:
+    # the sum makes 0 of -0
+    return None if np.isnan(number) else f"{number + 0.0:.15g}"
 
 
 def _within(
@@ -178,7 +213,9 @@ def _texts(values: Sequence[Any]) -> Column:
 
 
 def _text(value: Any) -> str:
-    # pandas makes floats of integers where some are missing
+    # pandas makes floats of integers, and objects of truth values, where some are missing
+    if isinstance(value, bool | np.bool_):
+        return str(int(value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

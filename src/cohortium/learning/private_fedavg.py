@@ -211,9 +211,11 @@ class PrivateFedAvg:
         """Returns a site's change of the parameters after all of local training, clipped as a whole."""
         delta, _ = self._trainer.train(broadcast.parameters, np.zeros(0), broadcast.round, table, randomness)
         # by entries first: that makes it no longer, and clipping the whole first would leave less of the other entries
-        bounded = np.clip(delta, -self.averaging.update_bound, self.averaging.update_bound)
-        whole: Floats = clipped(bounded[None, :], self._clip)[0]
-        return whole
+        bound = self.averaging.update_bound
+        whole = clipped(np.clip(delta, -bound, bound)[None, :], self._clip)[0]
+        # its grid may have led an entry a little beyond
+        bounded: Floats = np.clip(whole, -bound, bound)
+        return bounded
 
 
 def drawn(owners: Owners | None, rows: int, rate: float, randomness: Randomness) -> tuple[Owners, Owners]:

@@ -95,7 +95,7 @@ def sum_of_clipped(module: Any, loss: Loss, units: Units, clip: float, microbatc
             rows = slice(first, first + at_once)
             owners = units.owners[rows]
             starts = np.flatnonzero(np.diff(owners, prepend=-1))
-            sums = _gradients(module, parameters, loss, units, rows)
+            sums = _gradients(module, parameters, loss, units, rows, at_once)
             if len(starts) < len(owners):
                 sums = np.add.reduceat(sums, starts, axis=0)
             if owners[0] == owner:
@@ -108,13 +108,21 @@ def sum_of_clipped(module: Any, loss: Loss, units: Units, clip: float, microbatc
     return total
 
 
-def _gradients(module: Any, parameters: list[torch.nn.Parameter], loss: Loss, units: Units, rows: slice) -> Floats:
-    """Returns the gradients of the given records' losses, `(n_rows, n_parameters)`."""
-    # PyTorch warns of hooks behind inputs that need no gradient
-    inputs = torch.tensor(units.inputs[rows], dtype=torch.float64, requires_grad=True)
+def _gradients(
+    module: Any, parameters: list[torch.nn.Parameter], loss: Loss, units: Units, rows: slice, at_once: int
+) -> Floats:
+    """Returns the gradients of the given records' losses, `(n_rows, n_parameters)`.
+
+    They are computed beside as many rows of zeros as make `at_once` rows: products of matrices round a row differently
+    when there are fewer, and a record's gradient must not depend on how many other records there are.
+    """
+    given, count = units.inputs[rows], at_once
+    inputs, targets = np.zeros((count, given.shape[1])), np.zeros(count)
+    inputs[: len(given)], targets[: len(given)] = given, units.targets[rows]
     module.zero_grad(set_to_none=True)
-    loss(module(inputs), torch.tensor(units.targets[rows], dtype=torch.float64)).backward()  # type: ignore[no-untyped-call]
-    count = len(inputs)
+    # PyTorch warns of hooks behind inputs that need no gradient
+    output = module(torch.tensor(inputs, requires_grad=True))
+    loss(output, torch.tensor(targets)).backward()  # type: ignore[no-untyped-call]
     # Opacus leaves them beside each parameter; one that the output does not depend on has none
     own = [getattr(parameter, "grad_sample", None) for parameter in parameters]
     parts = [
@@ -122,4 +130,4 @@ def _gradients(module: Any, parameters: list[torch.nn.Parameter], loss: Loss, un
         for parameter, each in zip(parameters, own, strict=True)
     ]
     gradients: Floats = torch.cat(parts, dim=1).numpy()
-    return gradients
+    return gradients[: len(given)]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from cohortium.core.layout import Floats
 
-_GRID = 26
-"""The grid's step is the norm's power of two, times 2^-26: 27 bits are left for the number of units."""
+_GRID = 25
+"""The grid's step is the norm's power of two, times 2^-25: an entry has 26 bits, and 27 are left for units."""
 _ROUNDING = 1e-12
 """Relative excess of a norm that arithmetic in floating point may leave."""
 

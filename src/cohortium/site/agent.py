@@ -35,7 +35,7 @@ from cohortium.site.cohort import Roster, load
 from cohortium.site.policy import PrivacyPolicy
 from cohortium.site.ports import DataSource, Ledger
 from cohortium.site.session import Charge, LoadCohort, Membership, Send, Session, step
-from cohortium.site.spending import price, remaining, units
+from cohortium.site.spending import UNSTATED, eligible, price, remaining, units
 
 NO_POLICY = PrivacyPolicy()
 _MOST_RUNS = 16
@@ -93,8 +93,9 @@ class Agent:
             assert isinstance(message, Survivors | Endorsed)
             return [codec.encode(Refusal(message.run, self.membership.site, str(error), message.round))]
         except DataError as error:
-            named = SiteError(f"{self.membership.site}: {error}", public=error.public)
-            return [self._refuse(message.run, named, error.public)]
+            reason = UNSTATED if self._private(message.run) else error.public
+            named = SiteError(f"{self.membership.site}: {error}", public=reason)
+            return [self._refuse(message.run, named, reason)]
         except BudgetExceeded as error:
             return [self._refuse(message.run, error, error.public)]
         except CohortiumError as error:
@@ -120,7 +121,8 @@ class Agent:
         now = self.source.fingerprint()
         if run not in self._cohorts:
             self.policy.admit(effect.plan.study)
-            roster = self._affordable(effect.plan, load(effect.plan, self.source), effect.cost)
+            whole = eligible(effect.plan.study, load(effect.plan, self.source))
+            roster = self._affordable(effect.plan, whole, effect.cost)
             self._cohorts[run] = now, roster
             self._latest = roster.table
         elif self._cohorts[run][0] != now:
@@ -142,6 +144,10 @@ class Agent:
         cost = price(study, roster, effect.cost)
         paid = self._kept().charge(run, effect.plan.study_id, effect.round, units(study, roster), cost)
         return remaining(study, roster, paid).table
+
+    def _private(self, run: str) -> bool:
+        session = self._sessions.get(run)
+        return session is not None and session.plan is not None and session.plan.noise is not None
 
     def _kept(self) -> Ledger:
         if self.ledger is None:
