@@ -1,6 +1,9 @@
 """What epsilon costs on FLCHAIN: 7,874 patients dealt over 15 hospitals, 12 seeds; and how fast noise is drawn.
 
-    python benchmarks/bench_privacy.py [--seeds 12]
+    python benchmarks/bench_privacy.py [--seeds 12] [--network-seeds 12] [--folder FOLDER]
+
+With a folder, points are kept and not computed again. A point of the network takes a minute on two cores, so a quicker
+run gives it fewer seeds; the result says how many.
 
 Data: free light chains and death of 7,874 residents of Olmsted County (Dispenzieri et al. 2012), as scikit-survival
 ships them; that package (GPL-3) and OpenDP are needed by this bench alone: pip install 'cohortium[bench]'.
@@ -195,15 +198,19 @@ def show(rows: dict[str, dict[str, float]], found: dict[str, Tradeoff]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=12)
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--network-seeds", type=int, default=12)
+    parser.add_argument("--folder", type=Path)
+    chosen = parser.parse_args()
+    seeds = {study.name: chosen.seeds for study in (LOGISTIC, ONE_SHOT)} | {NETWORK.name: chosen.network_seeds}
     try:
         sites = hospitals()
     except ImportError:
         sys.exit("this bench needs scikit-survival for its data: pip install 'cohortium[bench]'")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=Console(stderr=True)) as progress:
+    with tempfile.TemporaryDirectory() as unkept, Progress(*columns, console=Console(stderr=True)) as progress:
+        folder = chosen.folder or Path(unkept)
         studies = (LOGISTIC, ONE_SHOT, NETWORK)
-        found = {study.name: trade(study, sites, seeds, progress, Path(folder)) for study in studies}
+        found = {study.name: trade(study, sites, seeds[study.name], progress, folder) for study in studies}
     rows = table_of(found)
     show(rows, found)
     drawn, peer = draws_a_second(), opendp_draws_a_second(1e4)
@@ -223,7 +230,7 @@ def main() -> None:
 
 
 def _result(
-    seeds: int, rows: Any, drawn: dict[str, float], peer: float | None, figures: dict[str, float]
+    seeds: dict[str, int], rows: Any, drawn: dict[str, float], peer: float | None, figures: dict[str, float]
 ) -> dict[str, Any]:
     return {
         "machine": processor(),

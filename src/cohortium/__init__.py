@@ -18,7 +18,7 @@ from cohortium.core.features import BinaryTarget, Category, CountTarget, Number,
 from cohortium.core.models import Descriptive, Network, Penalty, Regression
 from cohortium.core.protection import Aggregation, Privacy
 from cohortium.core.study import Cohort, Purpose, Sites, Study
-from cohortium.core.training import Averaging, Local, Newton, Preprocessing, Server
+from cohortium.core.training import Averaging, Descent, Local, Newton, OneShot, Preprocessing, Server
 from cohortium.learning.model import GlobalModel
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Cohort",
     "CohortiumError",
     "CountTarget",
+    "Descent",
     "Descriptive",
     "GlobalModel",
     "Local",
@@ -36,6 +37,7 @@ __all__ = [
     "Newton",
     "Number",
     "NumberTarget",
+    "OneShot",
     "Penalty",
     "Preprocessing",
     "Privacy",

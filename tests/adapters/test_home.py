@@ -29,7 +29,7 @@ def test_a_home_is_made_and_opened(tmp_path: Path) -> None:
         == sorted(["ledger.key", "ledger.sqlite", "policy.yaml"])
     )
     modes = {path.name: path.stat().st_mode & 0o777 for path in (*written, folder)}
-    assert (modes["ledger.key"], modes["ledger.sqlite"], modes["site"]) == (0o600, 0o600, 0o700)
+    assert modes == {"ledger.key": 0o600, "ledger.sqlite": 0o600, "policy.yaml": 0o600, "site": 0o700}
     with home.opened(folder, KEEPER.clock) as site:
         assert site.policy == PrivacyPolicy(required=True)
         assert site.ledger.charge("run", "s", 1, np.array(["p"], dtype=object), (Gaussian(9.0),)).all()
@@ -37,14 +37,91 @@ def test_a_home_is_made_and_opened(tmp_path: Path) -> None:
         assert site.ledger.head()[0] == 1
 
 
+def write_policy(folder: Path, text: str) -> Path:
+    path = folder / "policy.yaml"
+    path.touch(mode=0o600)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o777])
+def test_a_homes_files_are_its_owners_alone_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+    (tmp_path / "site").mkdir(mode=0o700)
+    before = os.umask(mask)
+    try:
+        written = home.create(tmp_path / "site", KEEPER)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in written if path.name != "ledger.sqlite"} == {
+        "policy.yaml": 0o600,
+        "ledger.key": 0o600,
+    }
+
+
+def assert_refused(folder: Path, sentence: str) -> None:
+    """Neither opening, reading nor showing takes a home for one, and nothing in it changes."""
+    before = sorted(os.listdir(folder))
+    with pytest.raises(SiteError, match=sentence):
+        home.opened(folder, KEEPER.clock)
+    with pytest.raises(SiteError, match=sentence), home.reading(folder, KEEPER.clock):
+        pass
+    with pytest.raises(SiteError, match=sentence):
+        home.policy_of(folder)
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_home_without_a_policy_is_refused(tmp_path: Path, dangling: bool) -> None:
+    home.create(tmp_path, KEEPER)
+    (tmp_path / "policy.yaml").unlink()
+    if dangling:
+        (tmp_path / "policy.yaml").symlink_to(tmp_path / "nowhere")
+    missing = "policy.yaml is missing: restore it or write one; an empty `privacy: {}` limits nothing"
+    assert_refused(tmp_path, missing)
+    if dangling:
+        for name in ("ledger.key", "ledger.sqlite"):
+            (tmp_path / name).unlink()
+        with pytest.raises(SiteError, match=missing):
+            home.create(tmp_path, KEEPER)
+        assert os.listdir(tmp_path) == ["policy.yaml"]
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_policy_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    home.create(tmp_path, KEEPER)
+    (tmp_path / "policy.yaml").chmod(mode)
+    assert_refused(tmp_path, "policy.yaml can be written by others, who could lift its limits: chmod 600 it")
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_a_home_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "site"
+    home.create(folder, KEEPER)
+    folder.chmod(mode)
+    assert_refused(folder, "site can be written by others, who could put another policy or ledger there: chmod 700 it")
+    for name in ("policy.yaml", "ledger.key", "ledger.sqlite"):
+        (folder / name).unlink()
+    with pytest.raises(SiteError, match="can be written by others"):
+        home.create(folder, KEEPER)
+    assert not os.listdir(folder)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o444])
+def test_others_may_read_a_policy(tmp_path: Path, mode: int) -> None:
+    home.create(tmp_path, KEEPER)
+    (tmp_path / "policy.yaml").chmod(mode)
+    tmp_path.chmod(0o755)
+    assert home.policy_of(tmp_path).required
+
+
 def test_the_policy_that_is_there_stays(tmp_path: Path) -> None:
-    (tmp_path / "policy.yaml").write_text("privacy: {epsilon: 1}\n")
+    write_policy(tmp_path, "privacy: {epsilon: 1}\n")
     assert [path.name for path in home.create(tmp_path, KEEPER)] == ["ledger.sqlite", "ledger.key"]
     assert home.policy_of(tmp_path) == PrivacyPolicy(epsilon=1.0)
 
 
 def test_a_home_is_not_made_beside_a_policy_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "policy.yaml").write_text("privacy: 5\n")
+    write_policy(tmp_path, "privacy: 5\n")
     with pytest.raises(SiteError, match="is wrong at 'privacy'"):
         home.create(tmp_path, KEEPER)
     assert os.listdir(tmp_path) == ["policy.yaml"]
@@ -109,27 +186,50 @@ def test_a_simulation_has_a_ledger_in_memory() -> None:
 
 
 def test_a_policy_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "policy.yaml"
+    path = write_policy(tmp_path, "privacy: {}\n")
     assert home.read_policy(path) == PrivacyPolicy()
-    for text in ("", "# nothing\n", "{}", "privacy: {}\n"):
-        assert home.parse_policy(text.encode(), path) == PrivacyPolicy()
+    # a file that was cut off is not one that limits nothing
+    for text in ("", "# nothing\n", "{}"):
+        with pytest.raises(SiteError, match="lacks 'privacy': add it"):
+            home.parse_policy(text.encode(), path)
     text = """\
 privacy:
   required: true
   epsilon: 1
   delta: 1e-6
   units: [record]
+  patient: pid
   budget: {epsilon: 4.0, delta: 1e-5}
+  colluding: 0
+  sites_per_patient: 2
+  minimum: 30
 """
     assert home.parse_policy(text.encode(), path) == PrivacyPolicy(
-        required=True, epsilon=1.0, delta=1e-6, units=("record",), budget=Budget(4.0, 1e-5)
+        required=True,
+        epsilon=1.0,
+        delta=1e-6,
+        units=("record",),
+        patient="pid",
+        budget=Budget(4.0, 1e-5),
+        colluding=0,
+        sites_per_patient=2,
+        minimum=30,
     )
 
 
 def test_every_line_of_the_example_is_a_rule() -> None:
-    lines = [line.replace("# ", "", 1) if line.startswith("  #") else line for line in home.EXAMPLE.splitlines()[1:]]
+    lines = [line.replace("# ", "", 1) if line.startswith("  #") else line for line in home.EXAMPLE.splitlines()]
     policy = home.parse_policy("\n".join(lines).encode(), Path("policy.yaml"))
-    assert policy == PrivacyPolicy(required=True, epsilon=1.0, delta=1e-5, budget=Budget(4.0, 1e-5))
+    assert policy == PrivacyPolicy(
+        required=True,
+        epsilon=1.0,
+        delta=1e-5,
+        patient="patient_id",
+        budget=Budget(4.0, 1e-5),
+        colluding=2,
+        sites_per_patient=2,
+        minimum=50,
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +237,7 @@ def test_every_line_of_the_example_is_a_rule() -> None:
     [
         (
             "privacy: {epsilom: 1}",
-            r"unknown key 'epsilom' in 'privacy'; did you mean 'epsilon'\? \(known: budget, delta",
+            r"unknown key 'epsilom' in 'privacy'; did you mean 'epsilon'\? \(known: budget, colluding, delta",
         ),
         ("privcy: {}", r"unknown key 'privcy' of a policy; did you mean 'privacy'\?"),
         ("privacy: {budget: {epsilon: 1, delt: 1e-5}}", "lacks 'privacy.budget.delta'|did you mean 'delta'"),
@@ -147,6 +247,17 @@ def test_every_line_of_the_example_is_a_rule() -> None:
         ("privacy: {epsilon: .inf}", "is wrong at 'privacy.epsilon'"),
         ("privacy: {delta: 0.5}", "is wrong at 'privacy.delta': input should be less than or equal to 0.001"),
         ("privacy: {required: 1}", "is wrong at 'privacy.required': input should be a valid boolean"),
+        (
+            "privacy: {budget: {epsilon: 1, delta: 1e-5}}",
+            "has 'privacy.budget' and lacks 'privacy.patient': the budget is kept for each patient, so the policy must",
+        ),
+        ("privacy: {patient: ''}", "is wrong at 'privacy.patient': string should have at least 1 character"),
+        ("privacy: {patient: 7}", "is wrong at 'privacy.patient': input should be a valid string"),
+        ("privacy: {colluding: -1}", "is wrong at 'privacy.colluding': input should be greater than or equal to 0"),
+        ("privacy: {colluding: 1.5}", "is wrong at 'privacy.colluding': input should be a valid integer"),
+        ("privacy: {sites_per_patient: 0}", "is wrong at 'privacy.sites_per_patient'"),
+        ("privacy: {minimum: 0}", "is wrong at 'privacy.minimum'"),
+        ("privacy:", "is wrong at 'privacy'"),
         ("privacy: {units: [ward]}", "is wrong at 'privacy.units.0': input should be 'patient', 'record' or 'site'"),
         ("privacy: {units: []}", "is wrong at 'privacy.units': list should have at least 1 item"),
         ("privacy: yes please", "is wrong at 'privacy'"),
@@ -158,16 +269,14 @@ def test_every_line_of_the_example_is_a_rule() -> None:
     ],
 )
 def test_what_is_no_policy_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
-    path = tmp_path / "policy.yaml"
-    path.write_text(text)
+    path = write_policy(tmp_path, text)
     with pytest.raises(SiteError, match=sentence) as caught:
         home.read_policy(path)
     assert str(caught.value).startswith(f"{path} ") and "\n" not in str(caught.value)
 
 
 def test_a_policy_of_no_sane_length_or_kind(tmp_path: Path) -> None:
-    path = tmp_path / "policy.yaml"
-    path.write_bytes(b"#" * (1 << 17))
+    path = write_policy(tmp_path, "#" * (1 << 17))
     with pytest.raises(SiteError, match="is longer than"):
         home.read_policy(path)
     path.write_bytes(b"\xff\xfe\xff")

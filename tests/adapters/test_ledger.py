@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +55,7 @@ def signed(signature: bytes, digest: bytes) -> bool:
     return True
 
 
-def units(names: list[str]) -> NDArray[Any]:
+def units(names: Sequence[str | bytes]) -> NDArray[Any]:
     return np.array(names, dtype=object)
 
 
@@ -189,6 +189,15 @@ def test_the_site_is_a_unit_of_its_own(book: SqliteLedger) -> None:
     accounts = book.accounts()
     assert accounts.site == book.tariff.price(ROUND)
     assert len(accounts.patients) == len(PATIENTS)
+
+
+@pytest.mark.parametrize("name", ["(site)", "\xff(site)", "\x00(site)", "\udcff(site)"])
+def test_no_patient_shares_the_sites_account(book: SqliteLedger, name: str) -> None:
+    book.charge("run", "s", 1, units([SITE]), ROUND)
+    book.charge("run", "s", 2, units([name]), ROUND)
+    book.charge("run", "s", 3, units([SITE, name]), ROUND)
+    accounts, price = book.accounts(), book.tariff.price(ROUND).divergence
+    assert (accounts.site.divergence, accounts.patients[:, 0].tolist()) == (2 * price, [2 * price])
 
 
 def test_accounts_tell_what_studies_cost(book: SqliteLedger) -> None:

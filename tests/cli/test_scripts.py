@@ -113,6 +113,8 @@ def run(step: Step, folder: Path) -> None:
 @pytest.mark.parametrize("script", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.stem)
 def test_script(script: Path, tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "files", tmp_path, dirs_exist_ok=True)
+    # the copy has the mode of the checkout, and a site's home is one that others cannot write
+    tmp_path.chmod(0o700)
     for step in steps(script.read_text()):
         action, _, name = step.head.removeprefix("--- ").partition(" ")
         if step.head.startswith("$ "):

@@ -23,7 +23,7 @@ PATIENTS = np.array([f"patient-{number:03d}" for number in range(60)], dtype=obj
 def hospital(tmp_path: Path) -> Path:
     folder = tmp_path / "hospital"
     bootstrap.create_home(folder)
-    (folder / "policy.yaml").write_text("privacy: {budget: {epsilon: 2, delta: 1e-5}}\n")
+    (folder / "policy.yaml").write_text("privacy: {patient: id, budget: {epsilon: 2, delta: 1e-5}}\n")
     with bootstrap.open_home(folder) as site:
         limit, price = site.ledger.tariff.limit, site.ledger.tariff.price(ROUND)
         assert limit is not None
@@ -51,9 +51,10 @@ def facts(folder: Path) -> dict[str, Any]:
 
 def test_the_spread_hides_small_counts(hospital: Path) -> None:
     content = facts(hospital)
-    assert content["out_of_budget"] == 7
+    # 43, 4 and 7 of 54 patients: were the 7 shown, the 4 would be what 54 leaves
+    assert content["out_of_budget"] == "hidden"
     assert content["spent"][0] == {"from": 0.0, "to": 0.1, "patients": 43}
-    assert [one["patients"] for one in content["spent"][1:]] == ["<5"] * 9
+    assert [one["patients"] for one in content["spent"][1:]] == ["hidden"] * 9
     assert [(one["study_id"], one["runs"], one["rounds"]) for one in content["studies"]] == [
         (SMALL, 2, 2),
         (LARGE, 2, 3),
@@ -67,9 +68,23 @@ def test_people_are_shown_the_same(hospital: Path) -> None:
     for part in ("epsilon 2 at delta 1e-05, over all studies", "every entry and cohort is as it was written"):
         assert part in text
     lines = {line.split("  ")[1]: line.rstrip() for line in text.splitlines() if line.startswith("  ")}
-    assert lines["0 to 10 %"].endswith("█ 43") and lines["out of budget"].endswith("█ 7")
-    assert lines["40 to 50 %"].split()[-1] == "<5" and "█" not in lines["40 to 50 %"]
+    assert lines["0 to 10 %"].endswith("█ 43") and lines["out of budget"].split()[-1] == "hidden"
+    assert lines["40 to 50 %"].split()[-1] == "hidden" and "█" not in lines["40 to 50 %"]
+    assert "Hidden: fewer than 5 patients, or more" in text
     assert "abababababab" in text and SMALL not in text
+
+
+def test_enough_hidden_together_hide_nothing_else(hospital: Path) -> None:
+    with bootstrap.open_home(hospital) as site:
+        limit, price = site.ledger.tariff.limit, site.ledger.tariff.price(ROUND)
+        assert limit is not None
+        most = limit.divergence // price.divergence
+        site.ledger.charge("r5", LARGE, 1, PATIENTS[50:53], (Repeated(most // 4, ROUND[0]),))
+    content = facts(hospital)
+    assert [one["patients"] for one in content["spent"]] == [43, *["hidden"] * 9]
+    assert content["out_of_budget"] == 7
+    text = told(str(hospital))
+    assert "█ 43" in text and "█ 7" in text and text.count("█ ") == 2
 
 
 def test_nobody_is_named(hospital: Path) -> None:
@@ -105,5 +120,9 @@ def test_an_empty_ledger_and_a_policy_as_json(tmp_path: Path) -> None:
         "epsilon": None,
         "delta": None,
         "units": ["patient", "site"],
+        "patient": None,
         "budget": None,
+        "colluding": None,
+        "sites_per_patient": None,
+        "minimum": None,
     }

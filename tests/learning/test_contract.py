@@ -173,9 +173,27 @@ class TestRanges:
             conform("age", feature, self.column(50, value))
 
     def test_text_where_numbers_belong(self) -> None:
-        raw = raw_columns(pl.DataFrame({"x": ["40", "41.5", None]}), ["x"])
+        raw = raw_columns(pl.DataFrame({"x": ["40", "41.5", None, "high"]}), ["x"])
         with pytest.raises(DataError, match=r"column 'x' holds text, and the study expects numbers \(a\)"):
             typed({"x": AGE}, raw)
+
+    def test_text_that_is_a_number_is_one(self) -> None:
+        cells = ["40", "+41.5", " 5.e1 ", ".6E+2", "", "  ", None, "NaN"]
+        frame = pl.DataFrame({"x": cells})
+        assert read(frame, AGE) == pytest.approx([40, 41.5, 50, 60, NAN, NAN, NAN, NAN], nan_ok=True, abs=0)
+        target = conform_target(NumberTarget(name="x", unit="a", range=(0, 99)), raw_columns(frame, ["x"])["x"])
+        assert target == pytest.approx([40, 41.5, 50, 60, NAN, NAN, NAN, NAN], nan_ok=True, abs=0)
+
+    @pytest.mark.parametrize("cell", ["?", "NA", "1_0", "1,5", "0x1F", "1e", "e1", ".", "--1", "1 2", "\u0661", "true"])
+    def test_what_is_no_number(self, cell: str) -> None:
+        with pytest.raises(DataError, match="column 'x' holds text") as refused:
+            read(pl.DataFrame({"x": ["40", cell]}), AGE)
+        assert refused.value.public == "column 'x' holds text, and the study expects numbers (a)"
+
+    @pytest.mark.parametrize("cell", ["inf", "-Infinity", "1e400"])
+    def test_text_that_is_infinite(self, cell: str) -> None:
+        with pytest.raises(DataError, match="column 'x' holds an infinite value"):
+            read(pl.DataFrame({"x": ["40", cell]}), AGE)
 
 
 class TestLevels:
@@ -191,6 +209,11 @@ class TestLevels:
         with pytest.raises(DataError, match=r"not among its levels f, m \(2 patients\)") as refused:
             conform("sex", SEX, self.labels("f", label, label, "m"))
         assert refused.value.public == "column 'sex' holds values that are not among its levels f, m"
+
+    def test_a_number_is_compared_as_it_is_written_and_then_as_a_number(self) -> None:
+        frame = pl.DataFrame({"x": ["1", "1.0", "01", " 1e0 ", "02", "0", "-0.0", "nan", None]})
+        feature = Category(levels=("0", "1", "02"))
+        assert read(frame, feature) == pytest.approx([1, 1, 1, 1, 2, 0, 0, NAN, NAN], nan_ok=True)
 
     def test_treated_as_missing(self) -> None:
         feature = Category(levels=("f", "m"), outside="missing")

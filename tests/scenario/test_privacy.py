@@ -285,7 +285,9 @@ class TestCharges:
         homes = {name: tmp_path / name for name in NAMES}
         for home in homes.values():
             create_home(home)
-            (home / "policy.yaml").write_text("privacy: {budget: {epsilon: 1.5, delta: 1.0e-5}}\n", encoding="utf-8")
+            (home / "policy.yaml").write_text(
+                "privacy: {patient: patient_id, budget: {epsilon: 1.5, delta: 1.0e-5}}\n", encoding="utf-8"
+            )
 
         def compete(plan: Plan) -> None:
             with ExitStack() as stack:

@@ -9,9 +9,11 @@ from cohortium.core.events import Events, Gaussian, Repeated, Sampled, Slack
 from cohortium.privacy.calibrate import Budget
 from cohortium.privacy.renyi import Price
 from cohortium.site.budget import (
+    HIDDEN,
     SMALL,
     Accounts,
     Charge,
+    Distribution,
     can_pay,
     distribution,
     events_for,
@@ -140,6 +142,24 @@ def test_nothing_to_spread() -> None:
     assert spread is not None and (sum(spread.bins), spread.out) == (0, 0)
 
 
-def test_small_counts_are_not_shown() -> None:
-    assert [shown(count) for count in range(SMALL)] == ["<5"] * SMALL
-    assert [shown(count) for count in (SMALL, 700_000)] == [5, 700_000]
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((0, 0, 700_000, SMALL), (HIDDEN, HIDDEN, 700_000, SMALL)),
+        ((1, 20, 9, 30), (HIDDEN, 20, HIDDEN, 30)),
+        ((1, 4, 9, 30), (HIDDEN, HIDDEN, 9, 30)),
+        ((9, 30, 9, 1), (HIDDEN, 30, 9, HIDDEN)),
+        ((30, 0, 0, 4), (HIDDEN, HIDDEN, HIDDEN, HIDDEN)),
+        ((0, 0, 4, 0), (HIDDEN, HIDDEN, HIDDEN, HIDDEN)),
+    ],
+)
+def test_small_counts_are_not_shown(counts: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
+    assert shown(Distribution(counts[:-1], counts[-1])) == expected
+
+
+@given(counts=st.lists(st.integers(0, 12) | st.integers(0, 10**6), min_size=2, max_size=11))
+def test_what_a_known_total_leaves_is_no_small_count(counts: list[int]) -> None:
+    told = shown(Distribution(tuple(counts[:-1]), counts[-1]))
+    assert all(one == HIDDEN or (one == count and count >= SMALL) for one, count in zip(told, counts, strict=True))
+    left = sum(counts) - sum(one for one in told if isinstance(one, int))
+    assert left == 0 or left >= SMALL or left == sum(counts)

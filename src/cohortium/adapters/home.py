@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from cohortium.adapters import files, ledger, ledger_file
+from cohortium.adapters import ledger, ledger_file
 from cohortium.adapters.ledger import SqliteLedger
 from cohortium.adapters.ledger_file import Keeper
 from cohortium.core.errors import SiteError, nearest
+from cohortium.core.fields import LARGEST
 from cohortium.privacy.calibrate import Budget
 from cohortium.site.policy import PrivacyPolicy, Unit
 
@@ -27,15 +29,20 @@ _KEY_BYTES = 32
 _PUBLIC = "this site's home cannot be used"
 
 EXAMPLE = """\
-# What this hospital allows studies to ask for. Every line may be left out; what is left out is not limited.
+# What this hospital allows studies to ask for. Every line below `privacy:` may be left out; what is left out is not
+# limited, and an empty `privacy: {}` limits nothing. Only the file's owner may be able to write it (chmod 600).
 privacy:
   required: true            # no study without differential privacy
   # epsilon: 1.0            # the most that one study may ask for
   # delta: 1e-5
   # units: [patient, site]  # privacy units that protect enough
-  # budget:                 # what all studies together may learn of one patient
-  #   epsilon: 4.0
+  # patient: patient_id     # the column that names patients; a study that names them by another one is refused
+  # budget:                 # what all studies together may learn of one patient; needs `patient`, because it is kept
+  #   epsilon: 4.0          # for each patient: a study could count encounters or rows instead
   #   delta: 1e-5
+  # colluding: 2            # hospitals that may tell others their noise; a study must allow for at least so many
+  # sites_per_patient: 2    # hospitals at which one patient may be; a study must allow for at least so many
+  # minimum: 50             # least number of patients that a study must ask of a site; holds for every study
 """
 
 
@@ -53,11 +60,15 @@ class _Privacy(_Strict):
     epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
     delta: Annotated[float, Field(gt=0, le=1e-3)] | None = None
     units: Annotated[list[Unit], Field(min_length=1)] = ["patient", "site"]
+    patient: Annotated[str, Field(min_length=1)] | None = None
     budget: _Budget | None = None
+    colluding: Annotated[int, Field(ge=0, le=999)] | None = None
+    sites_per_patient: Annotated[int, Field(ge=1, le=1000)] | None = None
+    minimum: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
 
 
 class _Policy(_Strict):
-    privacy: _Privacy = _Privacy()
+    privacy: _Privacy
 
 
 _SECTIONS: dict[tuple[str, ...], type[_Strict]] = {
@@ -89,7 +100,7 @@ def create(folder: Path, keeper: Keeper) -> list[Path]:
     """Begins a site's home: a folder with an empty ledger under a new key, and a policy to edit if there is none.
 
     Raises:
-        SiteError: there is a ledger or a key already, or the folder cannot be written.
+        SiteError: there is a ledger or a key already, or the folder cannot be written, or can be by others.
     """
     paths = [folder / name for name in (POLICY, LEDGER, KEY)]
     policy, file, key = paths
@@ -100,11 +111,13 @@ def create(folder: Path, keeper: Keeper) -> list[Path]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise _unusable(folder, f"cannot be made ({error.strerror})") from None
-    if policy.exists():
+    _require_folder(folder)
+    # a link to nothing is no policy, and none is written over it
+    if os.path.lexists(policy):
         read_policy(policy)
         paths.remove(policy)
     else:
-        files.write(policy, EXAMPLE.encode())
+        _create(policy, EXAMPLE.encode(), "is there already, and a policy is never replaced")
     # a crash in between leaves a key without a ledger, which nothing takes for a home
     create_key(key, keeper.key)
     ledger_file.create(file, keeper)
@@ -115,9 +128,9 @@ def opened(folder: Path, clock: Callable[[], datetime], sign: Callable[[bytes], 
     """Opens a site's home. Nothing that is missing is made anew, because that would reset what patients spent.
 
     Raises:
-        SiteError: the policy, the ledger or its key is missing (only the policy may be) or cannot be relied on.
+        SiteError: the policy, the ledger or its key is missing or cannot be relied on.
     """
-    policy, key = read_policy(folder / POLICY), _key_of(folder)
+    key, policy = _key_of(folder), read_policy(folder / POLICY)
     return SiteHome(policy, ledger.connect(folder / LEDGER, Keeper(key, clock, sign), policy.budget))
 
 
@@ -128,7 +141,7 @@ def reading(folder: Path, clock: Callable[[], datetime]) -> Iterator[SiteHome]:
     Raises:
         SiteError: as for `opened`.
     """
-    policy, key = read_policy(folder / POLICY), _key_of(folder)
+    key, policy = _key_of(folder), read_policy(folder / POLICY)
     with ledger.reading(folder / LEDGER, Keeper(key, clock), policy.budget) as readable:
         yield SiteHome(policy, readable)
 
@@ -148,7 +161,7 @@ def policy_of(folder: Path) -> PrivacyPolicy:
     """Returns a home's policy.
 
     Raises:
-        SiteError: the folder is missing, or the policy is none.
+        SiteError: the folder or the policy is missing, or cannot be relied on.
     """
     _require_folder(folder)
     return read_policy(folder / POLICY)
@@ -157,21 +170,29 @@ def policy_of(folder: Path) -> PrivacyPolicy:
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise _unusable(folder, "is no folder: name a site's home")
+    if _is_open(folder.stat().st_mode, 0o022):
+        raise _unusable(
+            folder, "can be written by others, who could put another policy or ledger there: chmod 700 it, and look"
+        )
 
 
 def read_policy(path: Path) -> PrivacyPolicy:
-    """Returns the policy of a YAML file; without the file, the policy that limits nothing.
+    """Returns the policy of a YAML file. Without the file there is none, because it may have been lost.
 
     Raises:
-        SiteError: the file cannot be read, is no YAML, or says what no policy says; the message names the file.
+        SiteError: the file is missing, cannot be read, can be written by others than its owner, is no YAML, or says
+            what no policy says; the message names the file.
     """
     try:
+        # looked at and read through one handle, so that it cannot be exchanged in between
         with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            mode, data = os.fstat(file.fileno()).st_mode, file.read(_MOST_BYTES + 1)
     except FileNotFoundError:
-        return PrivacyPolicy()
+        raise _unusable(path, "is missing: restore it or write one; an empty `privacy: {}` limits nothing") from None
     except OSError as error:
         raise _unusable(path, f"cannot be read ({error.strerror})") from None
+    if _is_open(mode, 0o022):
+        raise _unusable(path, "can be written by others, who could lift its limits: chmod 600 it, and read it again")
     if len(data) > _MOST_BYTES:
         raise _unusable(path, f"is longer than {_MOST_BYTES} bytes, and no policy is")
     return parse_policy(data, path)
@@ -194,10 +215,25 @@ def parse_policy(data: bytes, path: Path) -> PrivacyPolicy:
     try:
         told = _Policy.model_validate({} if content is None else content).privacy
     except pydantic.ValidationError as error:
-        raise _unusable(path, _sentence(error.errors(include_url=False)[0])) from None
-    budget = Budget(told.budget.epsilon, told.budget.delta) if told.budget else None
+        # a key that is missing may be there under a wrong name
+        problem = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+        raise _unusable(path, _sentence(problem)) from None
+    if told.budget and told.patient is None:
+        raise _unusable(
+            path,
+            "has 'privacy.budget' and lacks 'privacy.patient': the budget is kept for each patient, so the policy must "
+            "say which column names them",
+        )
     return PrivacyPolicy(
-        required=told.required, epsilon=told.epsilon, delta=told.delta, units=tuple(told.units), budget=budget
+        required=told.required,
+        epsilon=told.epsilon,
+        delta=told.delta,
+        units=tuple(told.units),
+        patient=told.patient,
+        budget=Budget(told.budget.epsilon, told.budget.delta) if told.budget else None,
+        colluding=told.colluding,
+        sites_per_patient=told.sites_per_patient,
+        minimum=told.minimum,
     )
 
 
@@ -207,18 +243,29 @@ def create_key(path: Path, key: bytes) -> None:
     Raises:
         SiteError: there is a key already, or it cannot be written.
     """
+    _create(path, key, "is there already: a key is never replaced, because its patients would be new")
+
+
+def _create(path: Path, data: bytes, taken: str) -> None:
+    """Writes a new file of its owner's alone, whole or not at all: half a policy would limit less."""
+    temporary = None
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(key)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o600)
+        # a link, unlike a move, replaces nothing
+        os.link(temporary, path)
     except FileExistsError:
-        raise _unusable(path, "is there already: a key is never replaced, because its patients would be new") from None
+        raise _unusable(path, taken) from None
     except OSError as error:
-        with suppress(OSError):
-            path.unlink()
         raise _unusable(path, f"cannot be written ({error.strerror})") from None
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
 
 
 def read_key(path: Path) -> bytes:
@@ -235,11 +282,16 @@ def read_key(path: Path) -> bytes:
         raise _unusable(
             path, f"cannot be read ({error.strerror}); without it nobody can be found in the ledger: restore it"
         ) from None
-    if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
+    if _is_open(mode, 0o077):
         raise _unusable(path, "can be read by others, who could then look for patients in the ledger: chmod 600 it")
     if len(key) != _KEY_BYTES:
         raise _unusable(path, f"is no key of {_KEY_BYTES} bytes: restore it")
     return key
+
+
+def _is_open(mode: int, bits: int) -> bool:
+    """Returns whether others than the owner may do what the bits say, where the system keeps such bits."""
+    return os.name == "posix" and bool(stat.S_IMODE(mode) & bits)
 
 
 def _unusable(path: Path, reason: str) -> SiteError:

@@ -82,7 +82,7 @@ class SqliteLedger:
         self._connection, self._where, self._keeper = connection, where, keeper
         self.tariff = tariff(budget)
         self._lock = RLock()
-        self._rolls: OrderedDict[tuple[str, ...], _Roll] = OrderedDict()
+        self._rolls: OrderedDict[tuple[str | bytes, ...], _Roll] = OrderedDict()
         with speaking(where):
             self._log = Log(connection, where, keeper.key, self.tariff)
 
@@ -183,7 +183,7 @@ class SqliteLedger:
             self._rolls.popitem(last=False)
         return roll
 
-    def _new_roll(self, names: tuple[str, ...]) -> _Roll:
+    def _new_roll(self, names: tuple[str | bytes, ...]) -> _Roll:
         hidden = self._pseudonyms(names)
         order = np.argsort(hidden, kind="stable")
         keys = hidden[order]
@@ -215,10 +215,11 @@ class SqliteLedger:
         if int(spent.max(initial=0)) + max(price.divergence, price.slack) > MOST:
             raise unusable(self._where, "cannot count a price as high as this study's")
 
-    def _pseudonyms(self, names: tuple[str, ...]) -> Keys:
-        """Returns HMAC-SHA256 of each name under the key, its first bytes."""
+    def _pseudonyms(self, names: tuple[str | bytes, ...]) -> Keys:
+        """Returns HMAC-SHA256 of each name under the key, its first bytes; the site's own is no text."""
         key, size = self._keeper.key, chain.KEY_BYTES
-        hidden = (hmac.digest(key, name.encode("utf-8", "surrogatepass"), "sha256")[:size] for name in names)
+        messages = (name.encode("utf-8", "surrogatepass") if isinstance(name, str) else name for name in names)
+        hidden = (hmac.digest(key, message, "sha256")[:size] for message in messages)
         return np.frombuffer(b"".join(hidden), dtype=chain.KEYS)
 
 

@@ -18,7 +18,8 @@ from cohortium.learning.contract import raw_columns, require_columns
 # is the text that is written there, and the study says what it means (`cohortium.learning.contract`).
 _LINES = (
     "SELECT line FROM read_csv(?, auto_detect=false, header=false, columns={'line': 'VARCHAR'}, delim=chr(1), "
-    "quote='', escape='', comment='', nullstr=chr(2), new_line='\\n', parallel=false, hive_partitioning=false)"
+    "quote='', escape='', comment='', nullstr=chr(2), new_line='\\n', strict_mode=false, parallel=false, "
+    "hive_partitioning=false)"
 )
 _RECORDS = "SELECT json FROM read_json_objects(?, format='auto', hive_partitioning=false)"
 _PARQUET = "SELECT * FROM read_parquet(?, hive_partitioning=false)"
@@ -44,7 +45,7 @@ class FileSource:
                     return _parquet(connection.sql(_PARQUET, params=[str(self.path)]), names, as_text)
                 query = _LINES if kind in _DELIMITERS else _RECORDS
                 (texts,) = connection.sql(query, params=[str(self.path)]).fetchnumpy().values()
-            texts = _plain(texts)
+            texts = np.array(["" if text is None else text for text in _plain(texts)], dtype=object)
             if kind in _DELIMITERS:
                 return _table(texts, _DELIMITERS[kind], names)
             return _objects(texts, names, as_text)
@@ -100,23 +101,22 @@ class _Malformed(Exception):
 def _table(lines: Column, delimiters: str, names: Sequence[str]) -> Mapping[str, Column]:
     """Returns columns of delimited text (RFC 4180) as text, None where a cell is empty.
 
-    The header alone decides the delimiter: the one that makes most columns of it, the first of `delimiters` in a tie.
+    The header alone decides the delimiter: the first of `delimiters` under which it has all the names.
     """
-    headers = [next(csv.reader(lines[:1], delimiter=each), []) for each in delimiters]
-    header = max(headers, key=len)
-    require_columns(names, header)
-    for name in names:
-        if header.count(name) > 1:
-            raise _Malformed(f"the header names column '{name}' more than once")
-    rows = csv.reader((f"{line or ''}\n" for line in lines), delimiter=delimiters[headers.index(header)], strict=True)
-    places = [header.index(name) for name in names]
-    cells: list[list[str | None]] = [[] for _ in names]
     try:
+        headers = [next(csv.reader(lines[:1], delimiter=each), []) for each in delimiters]
+        header = next((each for each in headers if set(names) <= set(each)), headers[0])
+        require_columns(names, header)
+        for name in names:
+            if header.count(name) > 1:
+                raise _Malformed(f"the header names column '{name}' more than once")
+        delimiter = delimiters[headers.index(header)]
+        rows = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
         if next(rows) != header:
-            raise _Malformed("the header cannot be read")
-        for row in rows:
-            if not row:
-                continue
+            raise _Malformed("the header's quotes are not closed")
+        cells: list[list[str | None]] = [[] for _ in names]
+        places = [header.index(name) for name in names]
+        for row in filter(None, rows):
             if len(row) != len(header):
                 raise _Malformed("a row has more or fewer cells than the header")
             for column, place in zip(cells, places, strict=True):

@@ -22,7 +22,7 @@ def create_home(path: str | Path) -> list[Path]:
     """Begins a site's home, a folder: an empty privacy ledger, its key, and a policy to edit. Returns what it wrote.
 
     Raises:
-        SiteError: there is a ledger or a key already, or the folder cannot be written.
+        SiteError: there is a ledger or a key already, or the folder cannot be written, or can be by others.
     """
     key = os.urandom(32)  # noqa: TID251  the ledger's key comes from the operating system, and here it is chosen
     return home.create(Path(path), Keeper(key, _now))
@@ -43,10 +43,10 @@ def open_home(path: str | Path, identity: Ed25519PrivateKey | None = None) -> Si
 
 
 def load_policy(path: str | Path) -> PrivacyPolicy:
-    """Returns the policy of a site's home; without a file, the one that limits nothing.
+    """Returns the policy of a site's home.
 
     Raises:
-        SiteError: the folder is missing, or the file is no policy.
+        SiteError: the folder or the policy is missing, can be written by others than its owner, or is no policy.
     """
     return home.policy_of(Path(path))
 

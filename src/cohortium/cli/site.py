@@ -1,6 +1,7 @@
 """`cohortium site`: a site's home, its policy, and what its patients' privacy budget was spent on."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from cohortium import bootstrap
 from cohortium.cli.output import Json, Output, Quiet
 from cohortium.privacy.calibrate import Budget
 from cohortium.privacy.renyi import Price
-from cohortium.site.budget import Accounts, Distribution, StudyCost, distribution, shown
+from cohortium.site.budget import HIDDEN, SMALL, Accounts, StudyCost, distribution, shown
 from cohortium.site.policy import PrivacyPolicy
 
 app = typer.Typer(help="A site's own side: its policy, and its patients' privacy budget.", no_args_is_help=True)
@@ -43,7 +44,11 @@ def policy(path: Home, as_json: Json = False, quiet: Quiet = False) -> None:
             ("Epsilon of a study", _at_most(rules.epsilon)),
             ("Delta of a study", _at_most(rules.delta)),
             ("Privacy units", " or ".join(rules.units)),
+            ("Column of patients", rules.patient or _NOT_LIMITED),
             ("Budget of a patient", _budget(rules.budget)),
+            ("Colluding hospitals", _at_least("allow for", rules.colluding)),
+            ("Hospitals of a patient", _at_least("allow for", rules.sites_per_patient)),
+            ("Minimum of patients", _at_least("ask for", rules.minimum)),
         )
     )
     output.result(
@@ -52,7 +57,11 @@ def policy(path: Home, as_json: Json = False, quiet: Quiet = False) -> None:
             "epsilon": rules.epsilon,
             "delta": rules.delta,
             "units": list(rules.units),
+            "patient": rules.patient,
             "budget": _budget_facts(rules),
+            "colluding": rules.colluding,
+            "sites_per_patient": rules.sites_per_patient,
+            "minimum": rules.minimum,
         }
     )
 
@@ -69,6 +78,7 @@ def budget(
     """Show what studies have cost this site's patients in privacy, and how much is left. Nothing is written."""
     rules, accounts = bootstrap.read_accounts(path, verify=verify)
     spread = distribution(accounts)
+    *spent, out = shown(spread) if spread else (None,)
     output = Output(as_json, quiet)
     output.say(f"Privacy budget at {path}")
     facts: list[tuple[str, str]] = [("Budget of a patient", _budget(rules.budget))]
@@ -79,7 +89,7 @@ def budget(
     output.pairs(tuple(facts))
     _show_studies(output, accounts)
     if spread and accounts.studies:
-        _show_distribution(output, spread)
+        _show_distribution(output, shown(spread))
     output.result(
         {
             "budget": _budget_facts(rules),
@@ -88,10 +98,9 @@ def budget(
             "studies": [_study_facts(accounts, cost) for cost in accounts.studies],
             "site_epsilon": _finite(accounts.tariff.epsilon(accounts.site)) if accounts.site.divergence else 0.0,
             "spent": [
-                {"from": tenth / 10, "to": (tenth + 1) / 10, "patients": shown(count)}
-                for tenth, count in enumerate(spread.bins if spread else ())
+                {"from": tenth / 10, "to": (tenth + 1) / 10, "patients": count} for tenth, count in enumerate(spent)
             ],
-            "out_of_budget": shown(spread.out) if spread else None,
+            "out_of_budget": out,
         }
     )
 
@@ -115,18 +124,18 @@ def _show_studies(output: Output, accounts: Accounts) -> None:
     output.table(title, ["study", "runs", "rounds", "first (UTC)", "last (UTC)", "epsilon"], rows)
 
 
-def _show_distribution(output: Output, spread: Distribution) -> None:
+def _show_distribution(output: Output, counts: Sequence[int | str]) -> None:
     output.say("Patients by the share of the budget that is spent:")
-    largest = max(*spread.bins, spread.out)
-    labels = [f"{10 * tenth} to {10 * tenth + 10} %" for tenth in range(len(spread.bins))]
-    rows = [*zip(labels, spread.bins, strict=True), ("out of budget", spread.out)]
-    output.pairs(tuple((label, _bar(count, largest)) for label, count in rows))
+    largest = max((count for count in counts if isinstance(count, int)), default=0)
+    labels = [*(f"{10 * tenth} to {10 * tenth + 10} %" for tenth in range(len(counts) - 1)), "out of budget"]
+    output.pairs(tuple((label, _bar(count, largest)) for label, count in zip(labels, counts, strict=True)))
+    if HIDDEN in counts:
+        output.say(f"Hidden: fewer than {SMALL} patients, or more where these alone could be had by subtraction.")
 
 
-def _bar(count: int, largest: int) -> str:
-    # a small count has no bar, whose length would tell it
-    told = shown(count)
-    return f"{'█' * max(1, round(_BAR * count / largest))} {told:,}" if isinstance(told, int) else told
+def _bar(count: int | str, largest: int) -> str:
+    # a hidden count has no bar, whose length would tell it
+    return f"{'█' * max(1, round(_BAR * count / largest))} {count:,}" if isinstance(count, int) else count
 
 
 def _study_facts(accounts: Accounts, cost: StudyCost) -> dict[str, Any]:
@@ -152,6 +161,10 @@ def _budget(budget: Budget | None) -> str:
 
 def _at_most(figure: float | None) -> str:
     return _NOT_LIMITED if figure is None else f"at most {figure:g}"
+
+
+def _at_least(verb: str, figure: int | None) -> str:
+    return _NOT_LIMITED if figure is None else f"a study must {verb} at least {figure}"
 
 
 def _short(study: str) -> str:

@@ -23,14 +23,18 @@ Mask = NDArray[np.bool_]
 def raw_columns(frame: Any, names: Sequence[str], as_text: Collection[str] = ()) -> dict[str, Column]:
     """Returns columns of a pandas, Polars or Arrow frame: numbers as floats (missing: NaN), others as text (None).
 
-    A mapping that already holds such columns is taken as it is, but for those in `as_text`, which become text.
+    A mapping that already holds such columns is taken as it is, but for those in `as_text`, which become text, and
+    those that hold neither floats nor text.
 
     Raises:
         DataError: it is not such a frame, or lacks a column.
     """
     if isinstance(frame, Mapping):
         require_columns(names, list(frame))
-        return {name: _texts(frame[name].tolist()) if name in as_text else frame[name] for name in names}
+        return {
+            name: _texts(frame[name].tolist()) if name in as_text or frame[name].dtype.kind != "f" else frame[name]
+            for name in names
+        }
     try:
         table = nw.from_native(frame, eager_only=True)
     except TypeError:
@@ -147,11 +151,10 @@ def labels(raw: Column, feature: Category) -> Column:
     """
     if raw.dtype.kind == "f":
         return np.array([_shortest(value) for value in raw], dtype=object)
-    levels = {level: level for level in feature.levels}
-    return np.array([None if cell is None else levels.get(cell) or _relabelled(cell) for cell in raw], dtype=object)
+    return np.array([cell if cell is None or cell in feature.levels else _label(cell) for cell in raw], dtype=object)
 
 
-def _relabelled(cell: str) -> str | None:
+def _label(cell: str) -> str | None:
     try:
         return _shortest(_number(cell)) if cell.strip(_BLANKS) else cell
     except ValueError:

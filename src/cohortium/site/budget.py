@@ -13,15 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cohortium.core.events import DpEvent, Events, Gaussian, Repeated, Sampled, Slack
+from cohortium.learning.disclosure import suppress
 from cohortium.privacy import renyi
 from cohortium.privacy.calibrate import Budget
 from cohortium.privacy.renyi import Price
 from cohortium.site.chain import Charged
 
-SITE = "(site)"
-"""The one unit of a study that protects whole sites."""
+SITE = b"\xff(site)"
+"""The one unit of a study that protects whole sites: bytes that no text encodes to, so no patient's identifier."""
 SMALL = 5
-"""Smaller counts of patients are shown as "<5", even to the steward's screen, which others may see."""
+"""Smaller counts of patients are hidden, even from the steward's screen, which others may see."""
+HIDDEN = "hidden"
 _BINS = 10
 _USUAL = Budget(1.0, 1e-5)
 """Charges are counted as under this budget where the policy has none."""
@@ -164,8 +166,7 @@ class Distribution:
 
     Attributes:
         bins: patients by the share spent, in tenths, without those who are out of budget.
-        out: those who could not pay for any round that was ever charged here. They are in no bin, so that no
-            difference of two figures shows a small count.
+        out: those who could not pay for any round that was ever charged here. They are in no bin.
     """
 
     bins: tuple[int, ...]
@@ -186,6 +187,13 @@ def distribution(accounts: Accounts) -> Distribution | None:
     return Distribution(tuple(np.bincount(tenths, minlength=_BINS).tolist()), int((~able).sum()))
 
 
-def shown(patients: int) -> int | str:
-    """Returns a number of patients as it may be shown."""
-    return patients if patients >= SMALL else f"<{SMALL}"
+def shown(spread: Distribution) -> tuple[int | str, ...]:
+    """Returns the bins, and after them those who are out of budget, as they may be shown.
+
+    Counts below `SMALL` are hidden, 0 among them. Where the hidden ones add up to less, the smallest other count is
+    hidden with them, and looks like them: so what a known total leaves for them is 0, or at least `SMALL`, or the
+    total. This is disclosure control (`cohortium.learning.disclosure`) and no more: who knows the rule can narrow
+    hidden counts to a range, and what is shown today and tomorrow can be subtracted.
+    """
+    kept = suppress(np.array([*spread.bins, spread.out], dtype=np.float64), SMALL)
+    return tuple(int(count) if count else HIDDEN for count in kept)
