@@ -127,8 +127,9 @@ def full(model: str, target: str) -> dict[str, Any]:
             "epsilon": 1.5,
             "delta": 1e-6,
             "neighbouring": "replace",
-            "sites_per_patient": 2,
+            "sites_per_patient": 1,
             "colluding": 2,
+            "records_per_patient": 5,
             "preprocessing": 0.25,
             "sampling": 1,
         },
@@ -155,6 +156,7 @@ PRIVACY = {
     "sites_per_patient": 1,
     "colluding": 1,
     "preprocessing": 0.1,
+    "records_per_patient": 10,
     "sampling": 1,
 }
 """The section as it is written out where a study only names its unit."""
