@@ -70,7 +70,7 @@ def privacy() -> str:
             cells = [f"{rows[key][epsilon]:.3f}" if epsilon in rows[key] else "" for epsilon in epsilons]
             lines.append(f"| {' | '.join([name, *cells])} |")
     table = "\n".join(lines)
-    seeds = f", mean of {measured['seeds']} seeds" if "seeds" in measured else ""
+    seeds = f", mean of {measured['seeds']['flchain']} seeds, {measured['seeds']['flchain-network']} for the network"
     return f"""\
 What differential privacy for patients costs on FLCHAIN, 7,874 patients dealt over 15 hospitals (AUC on held-out
 patients{seeds}; delta 1e-5; up to 3 hospitals lost and 4 colluding; "none" is without noise):
