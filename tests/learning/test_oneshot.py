@@ -102,7 +102,8 @@ class TestWithoutNoise:
         expected = Ridge(alpha=30.0).fit((x - shift) / width, table.target)
         for clip in (None, 40.0):
             found = fit("linear", TABLES["linear"], l2=30.0, clip=clip)
-            assert found.coefficients[1:] == pytest.approx(expected.coef_ / width, rel=1e-5)
+            # so wide a clip has a coarse grid
+            assert found.coefficients[1:] == pytest.approx(expected.coef_ / width, rel=1e-4)
 
     def test_a_clip_is_weighted_least_squares(self) -> None:
         table = pooled(TABLES["linear"])
@@ -121,7 +122,7 @@ class TestWithoutNoise:
         weights = 1 / np.bincount(owners)[owners]
         expected = LinearRegression().fit(design(table), table.target, weights)
         found = fit("linear", [replace(table, patient=owners)], clip=40.0)
-        assert found.coefficients[1:] == pytest.approx(expected.coef_, rel=1e-5)
+        assert found.coefficients[1:] == pytest.approx(expected.coef_, rel=1e-4)
         assert found.patients == owners.max() + 1
 
     @pytest.mark.parametrize("base", [0.0, -2.5])
