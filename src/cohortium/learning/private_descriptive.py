@@ -222,7 +222,9 @@ def nearest_cells(cells: Floats, total: float) -> Floats:
 
 def whole(cells: Floats, total: int) -> tuple[int, ...]:
     """Returns whole cells that add up to `total`, each within 1 of the given ones where those nearly do."""
-    scaled = cells * (total / float(cells.sum())) if cells.any() else np.full(len(cells), total / len(cells))
+    # counts next to nothing are none: a quotient by their sum could be infinite
+    known = float(cells.sum()) > 1e-100
+    scaled = cells * (total / float(cells.sum())) if known else np.full(len(cells), total / len(cells))
     # what rounding in floating point took from a whole number is given back
     down = np.floor(scaled + 1e-6)
     left = total - int(down.sum())
