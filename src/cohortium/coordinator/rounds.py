@@ -13,7 +13,7 @@ another run starts with fresh keys. A site that was lost is asked again in the n
 The state holds only the running sum of protected vectors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,9 +111,11 @@ class RunState(msgspec.Struct, frozen=True):
         identity: the coordinator's signing key, whose public half the sites pinned.
         pinned: each site's Ed25519 public key (32 bytes) by name, from enrolment.
         waiting: the sites whose answer the phase still needs.
-        gone: the sites that refused, with their reasons.
+        gone: the sites that refused or were expelled, with their reasons.
+        keys: what each site announced.
+        keyed: the sites that have contributed, and so hold the key set.
         learned: the algorithm's state.
-        history: what stands for all broadcasts so far (`keys.history`).
+        before, history: what stands for all broadcasts before this round, and with it (`keys.history`).
         missed: for each site that was lost, the broadcasts of the rounds since, oldest first.
     """
 
@@ -126,22 +128,30 @@ class RunState(msgspec.Struct, frozen=True):
     waiting: frozenset[str]
     gone: Mapping[str, str] = msgspec.field(default_factory=dict)
     keys: Mapping[str, Announcement] = msgspec.field(default_factory=dict)
+    keyed: frozenset[str] = frozenset()
     group: Group | None = None
     session: bytes = b""
     learned: Any = None
     number: int = 0
     layout: Layout = ()
     broadcast: bytes = b""
+    before: bytes = b""
     history: bytes = b""
     missed: Mapping[str, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
     tally: Tally | None = None
+    seed: int | None = None
 
     def __repr__(self) -> str:
         return f"RunState(run={self.run!r}, phase={self.phase!r}, number={self.number})"
 
 
 def open_run(
-    plan: Plan, run: str, identity: Ed25519PrivateKey, pinned: Mapping[str, bytes], means: Means = PLAIN
+    plan: Plan,
+    run: str,
+    identity: Ed25519PrivateKey,
+    pinned: Mapping[str, bytes],
+    means: Means = PLAIN,
+    seed: int | None = None,
 ) -> tuple[RunState, list[Effect]]:
     """Returns the state and effects at the start of a run named `run`; a name is used once.
 
@@ -149,9 +159,10 @@ def open_run(
         identity: the coordinator's signing key.
         pinned: each site's Ed25519 public key (32 bytes) by name.
         means: how this machine removes masks.
+        seed: a public seed of the sites' training; for studies without noise only.
     """
-    state = RunState(plan, run, identity, pinned, means, "keys", frozenset(plan.sites))
-    return state, [Broadcast(OpenRun(run, canonical_bytes(plan.study)), plan.sites)]
+    state = RunState(plan, run, identity, pinned, means, "keys", frozenset(plan.sites), seed=seed)
+    return state, [Broadcast(_invitation(state), plan.sites)]
 
 
 def inbound_limit(state: RunState) -> int:
@@ -176,7 +187,7 @@ def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, lis
     if sender in state.gone:
         raise ProtocolError(f"a message of '{sender}' was refused: it left the run")
     if isinstance(message, Refusal) and not message.round:
-        return _left(state, message)
+        return _left(state, message.site, message.reason)
     if sender not in state.waiting:
         raise Repeated(f"a message of '{sender}' was refused: nothing more is expected of it now")
     return _heard(_accepted(state, message), sender)
@@ -189,7 +200,7 @@ def _accepted(state: RunState, message: FromSite) -> RunState:
             _check_key(state, message)
             return replace(state, keys={**state.keys, message.site: message})
         case MaskedUpdate() if state.phase == "collect" and tally is not None:
-            return replace(state, tally=tally.contribute(message))
+            return replace(state, tally=tally.contribute(message), keyed=state.keyed | {message.site})
         case Endorsement() if state.phase == "endorse" and tally is not None:
             return replace(state, tally=tally.endorse(message))
         case Reveal() if state.phase == "reveal" and tally is not None:
@@ -206,12 +217,64 @@ def lost(state: RunState, site: str) -> tuple[RunState, list[Effect]]:
     return _heard(state, site)
 
 
-def _left(state: RunState, refusal: Refusal) -> tuple[RunState, list[Effect]]:
-    state = replace(state, gone={**state.gone, refusal.site: refusal.reason})
+def expel(state: RunState, site: str, reason: str) -> tuple[RunState, list[Effect]]:
+    """Returns the state when a site has no right to take part any longer: it leaves at once, as if it refused."""
+    if state.phase == "over" or site in state.gone or site not in state.plan.sites:
+        return state, []
+    return _left(state, site, reason)
+
+
+def enough(state: RunState) -> bool:
+    """Returns whether the phase could be closed now, with every site that is waited for as lost."""
+    tally, threshold = state.tally, state.plan.tolerance.threshold
+    if state.phase == "over":
+        return False
+    if tally is None:
+        return len(state.keys) >= threshold
+    heard = {"collect": tally.sealed, "endorse": tally.tags, "reveal": tally.answers}
+    return len(heard[state.phase]) >= tally.scheme.group.threshold
+
+
+def outstanding(state: RunState) -> Mapping[str, tuple[ToSite, ...]]:
+    """Returns, for each site that is waited for, the messages that it owes an answer to, in order.
+
+    They are the same to the last byte whenever they are asked for, also after a takeover
+    (`cohortium.coordinator.checkpoint`). A key set is not answered; it comes along until the site has contributed,
+    which shows that it holds it.
+    """
+    tally, sites = state.tally, [site for site in state.plan.sites if site in state.waiting]
+    if state.phase == "keys":
+        return dict.fromkeys(sites, (_invitation(state),))
+    if tally is None:
+        return {}
+    if state.phase == "collect":
+        openings, key_set = _openings(state, sites), _key_set(state)
+        return {site: (said,) if site in state.keyed else (key_set, said) for site, said in openings.items()}
+    told = tally.told(state.identity) if state.phase == "endorse" else tally.endorsed()
+    return {site: (told[site],) for site in sites}
+
+
+def _invitation(state: RunState) -> OpenRun:
+    return OpenRun(state.run, canonical_bytes(state.plan.study), state.seed)
+
+
+def _key_set(state: RunState) -> KeySet:
+    assert state.group is not None
+    return KeySet(state.run, tuple(state.keys[site] for site in state.group.sites))
+
+
+def _openings(state: RunState, sites: Iterable[str]) -> dict[str, OpenRound]:
+    """Returns how the round is opened to each site; one message where nothing was missed."""
+    opening = OpenRound(state.run, state.number, state.broadcast)
+    return {site: replace(opening, missed=state.missed[site]) if site in state.missed else opening for site in sites}
+
+
+def _left(state: RunState, site: str, reason: str) -> tuple[RunState, list[Effect]]:
+    state = replace(state, gone={**state.gone, site: reason})
     remaining = len(state.plan.sites) - len(state.gone)
     if remaining < state.plan.tolerance.threshold:
         return _over(state, Failed(_too_few(state, remaining)))
-    return lost(state, refusal.site)
+    return lost(state, site)
 
 
 def _check_key(state: RunState, message: Announcement) -> None:
@@ -248,33 +311,47 @@ def _agreed(state: RunState) -> tuple[RunState, list[Effect]]:
     session = keys.session_digest(state.run, plan.study_id, threshold, entries)
     state = replace(state, group=Group(names, threshold), session=session, learned=plan.algorithm.init())
     state, effects = _open_round(state)
-    return state, [Broadcast(KeySet(state.run, entries), names), *effects]
+    return state, [Broadcast(_key_set(state), names), *effects]
 
 
 def _open_round(state: RunState) -> tuple[RunState, list[Effect]]:
+    state = opened(state, state.number + 1, state.history)
     assert state.group is not None
-    plan, number = state.plan, state.number + 1
+    if len(state.waiting) < state.group.threshold:
+        return _over(state, Failed(_too_few(state, len(state.waiting))))
+    openings = _openings(state, [site for site in state.plan.sites if site in state.waiting])
+    back = {site: message for site, message in openings.items() if message.missed}
+    told = tuple(site for site in openings if site not in back)
+    effects: list[Effect] = [Broadcast(openings[told[0]], told)] if told else []
+    return state, [*effects, Send(back)] if back else effects
+
+
+def opened(state: RunState, number: int, before: bytes) -> RunState:
+    """Returns the state with a round open in which nobody has contributed yet.
+
+    Args:
+        before: what stands for all broadcasts of earlier rounds.
+    """
+    assert state.group is not None
+    plan = state.plan
     broadcast = plan.algorithm.broadcast(state.learned)
     layout, data = plan.algorithm.layout(broadcast), codec.encode(broadcast)
-    history = keys.history(state.history, data)
+    history = keys.history(before, data)
     scheme, context = plan.scheme(state.group, layout, state.means), keys.round_context(state.session, number, history)
-    asked = tuple(
+    asked = (
         site for site in state.group.sites if site not in state.gone and len(state.missed.get(site, ())) <= MOST_MISSED
     )
-    opening = OpenRound(state.run, number, data)
-    back = {site: replace(opening, missed=state.missed[site]) for site in asked if site in state.missed}
-    effects: list[Effect] = [Broadcast(opening, tuple(site for site in asked if site not in back))]
-    state = replace(
+    return replace(
         state,
         phase="collect",
         number=number,
         layout=layout,
         broadcast=data,
+        before=before,
         history=history,
         tally=Tally(state.run, number, scheme, context),
         waiting=frozenset(asked),
     )
-    return state, [*effects, Send(back)] if back else effects
 
 
 def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
@@ -290,16 +367,23 @@ def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
     if not tally.scheme.opens:
         return _sum(state, tuple(sorted(present)))
     tally, told = tally.close(state.identity)
-    messages = {site: message for site, message in told.items() if site not in state.gone}
-    return replace(state, phase="endorse", tally=tally, waiting=frozenset(messages)), [Send(messages)]
+    return _asked(replace(state, phase="endorse", tally=tally), told)
 
 
 def _endorsed(state: RunState) -> tuple[RunState, list[Effect]]:
     assert state.tally is not None and state.group is not None
     if len(state.tally.tags) < state.group.threshold:
         return _over(state, Failed(_too_few(state, len(state.tally.tags))))
-    messages = state.tally.endorsed()
-    return replace(state, phase="reveal", waiting=frozenset(messages)), [Send(messages)]
+    return _asked(replace(state, phase="reveal"), state.tally.endorsed())
+
+
+def _asked(state: RunState, told: Mapping[str, ToSite]) -> tuple[RunState, list[Effect]]:
+    """Returns the state that waits for those of the sites told that have not left, if enough of them are there."""
+    assert state.group is not None
+    messages = {site: message for site, message in told.items() if site not in state.gone}
+    if len(messages) < state.group.threshold:
+        return _over(state, Failed(_too_few(state, len(messages))))
+    return replace(state, waiting=frozenset(messages)), [Send(messages)]
 
 
 def _revealed(state: RunState) -> tuple[RunState, list[Effect]]:

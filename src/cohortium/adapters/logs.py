@@ -1,0 +1,53 @@
+"""Logs as JSON lines. Only what is on a list gets in beside the message, so that no value slips in by an argument."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+FIELDS = (
+    "run",
+    "site",
+    "round",
+    "coordinator",
+    "address",
+    "reason",
+    "principal",
+    "serial",
+    "kind",
+    "status",
+    "seconds",
+    "bytes",
+    "count",
+)
+"""What a line may hold beside time, level, part and message. Reasons are the public halves of errors."""
+Format = Literal["json", "text"]
+
+
+class _Lines(logging.Formatter):
+    def __init__(self, style: Format) -> None:
+        super().__init__()
+        self._kind = style
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        # of an unforeseen error its kind and place are told; its text might hold anything
+        if record.exc_info and record.exc_info[0]:
+            told["error"] = record.exc_info[0].__name__
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        if self._kind == "json":
+            line = {"at": at, "level": record.levelname.lower(), "part": record.name, "message": record.getMessage()}
+            return json.dumps(line | told, default=str)
+        rest = " ".join(f"{name}={value}" for name, value in told.items())
+        return f"{at} {record.levelname.lower():7} {record.getMessage()} {rest}".rstrip()
+
+
+def begin(level: str, style: Format, stream: TextIO | None = None) -> None:
+    """Sends Cohortium's logs to a stream, standard error if none is given; once a process."""
+    logger = logging.getLogger("cohortium")
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(_Lines(style))
+    logger.handlers = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False

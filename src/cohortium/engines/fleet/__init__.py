@@ -1,0 +1,1 @@
+"""Runs over a network: hospital sites and coordinators, by gRPC with mutual TLS."""

@@ -1,0 +1,265 @@
+"""What researchers and operators ask of the consortium, as a gRPC service on the port of mutual TLS.
+
+Who asks is read from the certificate alone: `cohortium:operator:NAME` or `cohortium:researcher:NAME`. A researcher sees
+and steers the runs that they submitted, an operator all of them.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import grpc
+
+from cohortium.coordinator.authority import principal_of
+from cohortium.coordinator.exchange import Presence
+from cohortium.coordinator.keepsake import Keepsake, pack
+from cohortium.coordinator.ports import ENDED, Desk, RunEvent, RunRow, SiteRow, Terms, Unavailable, Wish
+from cohortium.core.document import MAX_DOCUMENT_BYTES, from_canonical, study_id_of
+from cohortium.core.errors import CohortiumError, PolicyRefused, StudyError
+from cohortium.engines.fleet.v1 import fleet_pb2 as pb
+from cohortium.engines.fleet.v1 import fleet_pb2_grpc as pb_grpc
+from cohortium.plan import compile_study
+
+log = logging.getLogger("cohortium.fleet")
+_PART = 1 << 20
+_LOOK = 0.5
+"""Seconds after which a watcher looks at the store, whether or not it heard of news."""
+_LONGEST_NAME = 80
+_LONGEST_WAIT = 30 * 86400.0
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A person, as their certificate names them."""
+
+    role: str
+    name: str
+
+
+@dataclass
+class News:
+    """Wakes whoever waits for a channel of the store's news."""
+
+    _waiting: dict[str, set[asyncio.Event]] = field(default_factory=dict)
+
+    def tell(self, channel: str) -> None:
+        """Wakes those that wait for the channel."""
+        for event in self._waiting.get(channel, ()):
+            event.set()
+
+    async def wait(self, channel: str, seconds: float) -> None:
+        """Returns when there is news of the channel, and at the latest after some seconds."""
+        event = asyncio.Event()
+        self._waiting.setdefault(channel, set()).add(event)
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting[channel].discard(event)
+            if not self._waiting[channel]:
+                del self._waiting[channel]
+
+
+class ConsortiumService(pb_grpc.ConsortiumServicer):
+    """Serves people.
+
+    Args:
+        desk: the store's runs.
+        sites: the sites as they were seen last.
+        present: tells which sites are attached, and where.
+        news: tells of changes in the store.
+        allow: whether a caller may ask for something now, by name; a rate limit.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        sites: Callable[[], Mapping[str, SiteRow]],
+        present: Callable[[Sequence[str]], Awaitable[Mapping[str, Presence]]],
+        news: News,
+        allow: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        self._desk, self._sites, self._present, self._news, self._allow = desk, sites, present, news, allow
+
+    async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.Run:  # noqa: N802  gRPC's own name
+        async def submitted(caller: Caller) -> RunRow:
+            if len(request.study) > MAX_DOCUMENT_BYTES or not 0 < len(request.run) <= _LONGEST_NAME:
+                raise StudyError("a run was refused: its name or its study is missing or too long")
+            if not request.run.isprintable() or "/" in request.run:
+                raise StudyError("a run was refused: its name holds characters that no name needs")
+            plan = compile_study(from_canonical(request.study))
+            seed = request.seed if request.HasField("seed") else None
+            if seed is not None and plan.noise is not None:
+                raise StudyError(
+                    "a seed was refused: the study asks for differential privacy, whose randomness nobody may know; "
+                    "submit it without a seed"
+                )
+            unknown = [site for site in plan.sites if site not in self._sites() or self._sites()[site].revoked]
+            if unknown:
+                raise StudyError(f"the study includes {', '.join(unknown)}, not enrolled in this consortium")
+            study = study_id_of(request.study)
+            terms = _terms(request.terms) if request.HasField("terms") else Terms()
+            return await self._desk.submit(
+                request.run, study, request.study, f"{caller.role}:{caller.name}", plan.sites, terms, seed
+            )
+
+        return to_run(await self._answer(context, "submit", submitted))
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.Run:  # noqa: N802
+        return to_run(await self._answer(context, "read", lambda caller: self._visible(caller, request.run)))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsReply:  # noqa: N802
+        async def listed(caller: Caller) -> list[RunRow]:
+            return [row for row in await self._desk.runs(min(request.most or 100, 1000)) if _may(caller, row)]
+
+        return pb.ListRunsReply(runs=map(to_run, await self._answer(context, "read", listed)))
+
+    async def SetWish(self, request: pb.SetWishRequest, context: Context) -> pb.Run:  # noqa: N802
+        async def wished(caller: Caller) -> RunRow:
+            if request.wish == pb.WISH_UNSPECIFIED:
+                raise StudyError("a wish was refused: say run, pause or cancel")
+            await self._visible(caller, request.run)
+            wish = cast(Wish, pb.Wish.Name(request.wish).removeprefix("WISH_").lower())
+            return await self._desk.wish(request.run, wish, f"{caller.role}:{caller.name}")
+
+        return to_run(await self._answer(context, "steer", wished))
+
+    async def Events(self, request: pb.EventsRequest, context: Context) -> AsyncIterator[pb.Event]:  # noqa: N802
+        row = await self._answer(context, "read", lambda caller: self._visible(caller, request.run))
+        after = request.after
+        while True:
+            ended = row.status in ENDED
+            for event in await self._answer(context, "", partial(self._since, request.run, after)):
+                after = event.seq
+                facts = json.dumps(dict(event.facts)).encode()
+                yield pb.Event(seq=event.seq, at=_seconds(event.at), kind=event.kind, facts=facts)
+            if ended:
+                return
+            await self._news.wait(f"run:{request.run}", _LOOK)
+            row = await self._answer(context, "", lambda caller: self._visible(caller, request.run))
+
+    async def Result(self, request: pb.ResultRequest, context: Context) -> AsyncIterator[pb.ResultPart]:  # noqa: N802
+        data = await self._answer(context, "read", lambda caller: self._result(caller, request.run))
+        for offset in range(min(request.offset, len(data)), len(data), _PART):
+            yield pb.ResultPart(total=len(data), offset=offset, data=data[offset : offset + _PART])
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:  # noqa: N802
+        async def status(caller: Caller) -> pb.StatusReply:
+            rows = self._sites()
+            present = await self._present(list(rows))
+            runs = [row for row in await self._desk.runs(1000) if row.status not in ENDED and _may(caller, row)]
+            living = await self._desk.coordinators()
+            return pb.StatusReply(
+                sites=[_site(row, present.get(name)) for name, row in sorted(rows.items())],
+                coordinators=[
+                    pb.CoordinatorStatus(coordinator=name, address=address, seen=_seconds(seen))
+                    for name, address, seen in living
+                ],
+                runs=map(to_run, runs),
+            )
+
+        return await self._answer(context, "read", status)
+
+    async def _result(self, caller: Caller, run: str) -> bytes:
+        row = await self._visible(caller, run)
+        outcome, document = await self._desk.outcome(run), await self._desk.document(row.study)
+        if outcome is None or document is None:
+            raise StudyError(f"run '{run}' is {row.status} and has no result")
+        applied = await self._desk.applied(run)
+        ended = [event for event in await self._desk.events(run, 0, 1_000_000) if event.kind == "finished"]
+        rounds = tuple((one.number, one.survivors, dict(one.facts)) for one in applied)
+        setup = int(ended[-1].facts.get("bytes_setup", 0)) if ended else 0
+        return pack(Keepsake(run, document, outcome, rounds, setup))
+
+    async def _since(self, run: str, after: int, _: Caller) -> Sequence[RunEvent]:
+        return await self._desk.events(run, after)
+
+    async def _visible(self, caller: Caller, run: str) -> RunRow:
+        row = await self._desk.run(run)
+        if row is None or not _may(caller, row):
+            raise StudyError(f"there is no run '{run}' among those that you may see")
+        return row
+
+    async def _answer(self, context: Context, what: str, work: Callable[[Caller], Awaitable[T]]) -> T:
+        """Returns what `work` gives for the caller; ends the call with a status where it fails."""
+        caller = await _caller(context)
+        try:
+            if what and not await self._allow(f"{what}:{caller.role}:{caller.name}"):
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests: wait a little")
+            return await work(caller)
+        except Unavailable:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the consortium's database is away just now")
+        except PolicyRefused as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        except CohortiumError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        raise AssertionError("abort does not return")
+
+
+async def _caller(context: Context) -> Caller:
+    """Returns who calls; ends the call of whoever is no person of this consortium."""
+    certificates = context.auth_context().get("x509_pem_cert", [])
+    try:
+        principal = principal_of(next(iter(certificates), b""))
+    except (CohortiumError, ValueError):
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "show a certificate of this consortium")
+        raise
+    if principal.role not in ("operator", "researcher"):
+        log.warning("a call was refused: no person's certificate", extra={"principal": principal.name})
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this is for operators and researchers")
+    return Caller(principal.role, principal.name)
+
+
+def _may(caller: Caller, row: RunRow) -> bool:
+    return caller.role == "operator" or row.owner == f"{caller.role}:{caller.name}"
+
+
+def _terms(told: pb.Terms) -> Terms:
+    for name, seconds in (("deadline", told.deadline), ("patience", told.patience)):
+        if not 0 < seconds <= _LONGEST_WAIT:
+            raise StudyError(f"a {name} of {seconds} s was refused: give more than 0 and at most 30 days")
+    return Terms(deadline=told.deadline, patience=told.patience, priority=told.priority)
+
+
+def to_run(row: RunRow) -> pb.Run:
+    """Returns a run as it travels."""
+    return pb.Run(
+        run=row.run,
+        study=row.study,
+        owner=row.owner,
+        terms=pb.Terms(deadline=row.terms.deadline, patience=row.terms.patience, priority=row.terms.priority),
+        seed=row.seed,
+        status=pb.RunStatus.Value(f"RUN_STATUS_{row.status.upper()}"),
+        wish=pb.Wish.Value(f"WISH_{row.wish.upper()}"),
+        leader=row.leader,
+        round=row.round,
+        reason=row.reason,
+        submitted=_seconds(row.submitted),
+        started=_seconds(row.started) if row.started else None,
+        ended=_seconds(row.ended) if row.ended else None,
+    )
+
+
+def _site(row: SiteRow, presence: Presence | None) -> pb.SiteStatus:
+    return pb.SiteStatus(
+        site=row.name,
+        attached=presence is not None,
+        coordinator=presence.coordinator if presence else None,
+        software=presence.version if presence else None,
+        enrolled=_seconds(row.enrolled),
+        revoked=_seconds(row.revoked) if row.revoked else None,
+    )
+
+
+def _seconds(time: datetime | None) -> float:
+    return time.timestamp() if time else 0.0
