@@ -129,6 +129,7 @@ def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("Protocol", _protocol(plan)),
         ("Who can read it", _readers(plan)),
         ("If hospitals drop", _dropouts(plan)),
+        *_selection(plan),
         *_privacy(plan),
         ("Precision", _precision(plan)),
     ]
@@ -161,8 +162,30 @@ def _protocol(plan: Plan) -> str:
     withstands, bits = plan.tolerance, plan.quantiser(plan.phases[-1].layout).bits
     return (
         f"{plan.study.aggregation.protocol}: {_PROTOCOLS[plan.study.aggregation.protocol]}; threshold "
-        f"{withstands.threshold} of {withstands.sites} hospitals; sums {bits} bits wide"
+        f"{withstands.threshold} of {withstands.sites} hospitals{_asked(plan)}; sums {bits} bits wide"
     )
+
+
+def _asked(plan: Plan) -> str:
+    return " that a round of training asks" if plan.study.sites.per_round else ""
+
+
+_WAYS = {
+    "random": "as public randomness draws them",
+    "adaptive": "those that answer fast, and each of them again before long",
+}
+
+
+def _selection(plan: Plan) -> list[tuple[str, str]]:
+    sites = plan.study.sites
+    if sites.per_round is None or sites.selection is None:
+        return []
+    text = (
+        f"preprocessing asks all {len(plan.sites)} hospitals, each round of training at least {sites.per_round}, "
+        f"{_WAYS[sites.selection]}. A coordinator that lies chooses them as it likes, so every figure here is for its "
+        f"worst choice. {_of_two_sums(plan, 'selections')}"
+    )
+    return [("Who is asked", text)]
 
 
 def _readers(plan: Plan) -> str:
@@ -185,7 +208,7 @@ def _readers(plan: Plan) -> str:
         else "also if it lies"
     )
     return (
-        f"nobody. The coordinator together with up to {withstands.curious} of the {withstands.sites} hospitals, "
+        f"nobody. The coordinator together with up to {withstands.curious} of the {len(plan.sites)} hospitals, "
         f"{lying} to the others, learns only the sum over the remaining survivors (at least two honest), given pinned "
         f"identity keys and signed survivor sets.{bare} {_of_a_sum(plan)} That a hospital takes part or refuses is not "
         "hidden"
@@ -206,19 +229,20 @@ def _dropouts(plan: Plan) -> str:
     withstands = plan.tolerance
     lost = withstands.sites - withstands.threshold
     if not lost:
-        return f"a round needs all {withstands.sites}: if one is missing it yields nothing"
+        return f"a round needs all {withstands.sites}{_asked(plan)}: if one is missing it yields nothing"
     return (
         f"up to {lost} of {withstands.sites} may be lost in any round, at any step; below {withstands.threshold} it "
-        f"yields nothing. {_of_two_sums(plan)}"
+        f"yields nothing. {_of_two_sums(plan, 'survivors')}"
     )
 
 
-def _of_two_sums(plan: Plan) -> str:
+def _of_two_sums(plan: Plan, what: str) -> str:
     if plan.noise is not None:
-        return "Sums over different survivors differ by one hospital's vector under noise, which epsilon counts in"
+        return f"Sums over different {what} differ by one hospital's vector under noise, which epsilon counts in"
+    only = "dropouts: 0" if plan.study.sites.per_round is None else "asking all hospitals in every round"
     return (
-        "Sums over different survivors at the same model differ by one hospital's exact vector: a coordinator that "
-        "lies can ask for them, and an honest run comes near it when the model hardly moves. Only dropouts: 0 prevents "
+        f"Sums over different {what} at the same model differ by one hospital's exact vector: a coordinator that "
+        f"lies can ask for them, and an honest run comes near it when the model hardly moves. Only {only} prevents "
         "this, or noise"
     )
 

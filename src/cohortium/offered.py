@@ -16,7 +16,7 @@ MAX_VALUES = 50_000_000
 
 def refuse_what_is_not_offered(study: Study) -> None:
     """Raises a `StudyError` with the first thing that a study asks for and cannot have."""
-    for reason in (*_size(study), *_sums(study), *_training(study), *_privacy(study)):
+    for reason in (*_size(study), *_sums(study), *_selection(study), *_training(study), *_privacy(study)):
         raise StudyError(reason)
 
 
@@ -55,7 +55,22 @@ def _sums(study: Study) -> Iterator[str]:
             f"protocol 'rlwe' adds up the encryptions of at most {MOST_ENCRYPTING} sites, and the study names "
             f"{len(study.sites.include)}: set aggregation.protocol: masking"
         )
-    tolerance(len(study.sites.include), aggregation.dropouts)
+    tolerance(study.sites.fewest, aggregation.dropouts)
+
+
+def _selection(study: Study) -> Iterator[str]:
+    if study.sites.per_round is None:
+        return
+    if not isinstance(study.training, Averaging):
+        yield (
+            f"sites.per_round asks some of the sites in a round, and model '{study.model.kind}' needs all of them in "
+            "each: leave it out"
+        )
+    if _scaffold(study):
+        yield (
+            "sites.per_round with SCAFFOLD would tell a site's control variate from the sums of two rounds: set "
+            "training.local.scaffold: false, or leave per_round out"
+        )
 
 
 def _training(study: Study) -> Iterator[str]:
@@ -108,7 +123,7 @@ def _noisy_sums(study: Study) -> Iterator[str]:
             "protocol 'ckks-single-key' lets any hospital read another's update, whose own noise share is too small to "
             "protect it: set aggregation.protocol: masking, or rlwe"
         )
-    withstands = tolerance(len(study.sites.include), aggregation.dropouts)
+    withstands = tolerance(study.sites.fewest, aggregation.dropouts)
     if colluding >= withstands.threshold:
         yield (
             f"privacy.colluding is {colluding}, and only {withstands.threshold} hospitals are sure to be in a sum: "

@@ -103,8 +103,30 @@ class Plan:
 
     @cached_property
     def tolerance(self) -> Tolerance:
-        """What the study's secure sums withstand."""
-        return tolerance(len(self.sites), self.study.aggregation.dropouts)
+        """What every one of the study's secure sums withstands: that over the fewest sites."""
+        return tolerance(self.study.sites.fewest, self.study.aggregation.dropouts)
+
+    @cached_property
+    def threshold(self) -> int:
+        """How many sites must agree on keys, and stay to the end of a round that asks all of them."""
+        return tolerance(len(self.sites), self.study.aggregation.dropouts).threshold
+
+    @property
+    def may_miss(self) -> bool:
+        """Whether a run goes on without a site, and the site may come back to it."""
+        return bool(self.study.aggregation.dropouts) or self.study.sites.per_round is not None
+
+    def selects(self, number: int) -> bool:
+        """Returns whether a round asks some of the sites only: preprocessing is fitted over all."""
+        return self.study.sites.per_round is not None and number > self.phases[0].rounds
+
+    def summing(self, agreed: Group, selected: tuple[str, ...]) -> Group:
+        """Returns the sites that sum in a round: those selected, or all that agreed on keys where none are.
+
+        Raises:
+            ValueError: they are out of order, or too few.
+        """
+        return Group(selected, len(selected) - self.study.aggregation.dropouts) if selected else agreed
 
     def quantiser(self, layout: Layout) -> FixedPoint | Compressed:
         """Returns what turns a site's packed statistics into the integers that are summed.
@@ -133,17 +155,21 @@ class Plan:
     def scheme(self, group: Group, layout: Layout, means: Means = PLAIN) -> Scheme:
         """Returns how the sites of a group protect and sum vectors of this layout."""
         quantiser = self.quantiser(layout)
-        return _scheme(self.study.aggregation.protocol, group, quantiser.length, quantiser.bits, means)
+        return self.scheme_of(group, quantiser.length, quantiser.bits, means)
+
+    def scheme_of(self, group: Group, length: int, bits: int, means: Means = PLAIN) -> Scheme:
+        """Returns the scheme for vectors of so many residues whose sums are so wide."""
+        return _scheme(self.study.aggregation.protocol, group, length, bits, means)
 
     def traffic(self, layout: Layout) -> Traffic:
         """Returns the most that a site sends in a round of this layout."""
-        scheme = self.scheme(Group(self.sites, self.tolerance.threshold), layout)
+        scheme = self.scheme(Group(self.sites, self.threshold), layout)
         return Traffic(scheme.payload_bytes, *_opening_bytes(scheme))
 
     @cached_property
     def outbound_limit(self) -> int:
         """More bytes than the coordinator sends a site at once: rounds' broadcasts, or what opening a sum takes."""
-        missed = MOST_MISSED if self.study.aggregation.dropouts else 0
+        missed = MOST_MISSED if self.may_miss else 0
         return (1 + missed) * self.broadcast_limit + max(self.traffic(phase.layout).total for phase in self.phases)
 
     def outcome(self, state: Any) -> GlobalModel | Summary:

@@ -31,7 +31,8 @@ class NoiseRule:
     """How much noise each site adds, so that the sum carries enough whoever is lost or colludes.
 
     Attributes:
-        honest: the fewest shares in a sum that no attacker knows: sites less tolerated dropouts less colluding ones.
+        honest: the fewest shares in a sum that no attacker knows: the sites of the smallest round less tolerated
+            dropouts less colluding ones.
         factor: by how much a change of one unit may exceed a unit's norm: 2 where one is replaced by another.
         copies: the most sites at which one patient may be.
         beta: the probability, for each block of a round, that rounding adds more than is accounted for.
@@ -81,7 +82,7 @@ def noise_rule(study: Study) -> NoiseRule | None:
     privacy, budget = study.privacy, budget_of(study)
     if budget is None:
         return None
-    least = tolerance(len(study.sites.include), study.aggregation.dropouts).threshold
+    least = tolerance(study.sites.fewest, study.aggregation.dropouts).threshold
     # half for rounding, half for the sampler; over all rounds, all blocks and all sites of a patient
     blocks = 3 * len(study.cohort.features) + 4
     beta = SLACK * budget.delta / (2 * (_rounds(study) + 1) * blocks * privacy.sites_per_patient)

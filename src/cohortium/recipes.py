@@ -119,7 +119,9 @@ def _averaging(study: Study, identity: str, encoder: Encoder, noise: float | Non
         return FedAvg(module, loss, features, training, maximum, initial)
     from cohortium.learning.private_fedavg import PrivateFedAvg
 
-    patients, sites = encoder.fitted.patients, len(study.sites.include)
+    # a round that asks some of the sites has their share of the patients, on average
+    sites = study.sites.fewest
+    patients = (encoder.fitted.patients or 1.0) * (sites / len(study.sites.include))
     return PrivateFedAvg(
         module,
         loss,
@@ -130,7 +132,7 @@ def _averaging(study: Study, identity: str, encoder: Encoder, noise: float | Non
         privacy.unit,
         noise,
         privacy.sampling,
-        patients or 1.0,
+        patients,
         sites,
     )
 

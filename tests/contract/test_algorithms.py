@@ -279,6 +279,7 @@ def check_algorithm(algorithm: Algorithm[Any, Any, Any], tables: Sequence[Table]
             total = {name: total.get(name, 0.0) + np.asarray(value) for name, value in statistics.items()}
         given_state, given_total = copy.deepcopy(state), copy.deepcopy(total)
         later = algorithm.update(state, total)
+        check_thawed(algorithm, state, total, later)
         assert same(state, given_state)
         assert same(total, given_total)
         assert same(later, algorithm.update(state, total))
@@ -292,6 +293,23 @@ def check_algorithm(algorithm: Algorithm[Any, Any, Any], tables: Sequence[Table]
     result = algorithm.finish(state)
     assert same(result, algorithm.finish(state))
     return result
+
+
+def check_thawed(algorithm: Algorithm[Any, Any, Any], state: Any, total: Any, later: Any) -> None:
+    """Checks that another coordinator goes on from the bytes of a state to the last bit."""
+    frozen = algorithm.freeze(state)
+    thawed = algorithm.thaw(frozen)
+    assert same(thawed, state)
+    assert algorithm.freeze(thawed) == frozen == algorithm.freeze(state)
+    assert codec.encode(algorithm.broadcast(thawed)) == codec.encode(algorithm.broadcast(state))
+    assert algorithm.progress(thawed) == algorithm.progress(state)
+    assert same(algorithm.update(thawed, total), later)
+    ended = algorithm.thaw(algorithm.freeze(later))
+    assert same(ended, later)
+    if algorithm.done(later):
+        assert same(algorithm.finish(ended), algorithm.finish(later))
+    with pytest.raises(ProtocolError):
+        algorithm.thaw(frozen[:-1])
 
 
 def check_order(algorithm: Algorithm[Any, Any, Any], broadcast: Any, before: Any) -> None:

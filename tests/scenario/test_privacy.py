@@ -74,7 +74,9 @@ class Listening:
     def affordable(self, units: Any, events: Events) -> np.ndarray:
         return np.arange(len(units)) >= self.without
 
-    def charge(self, run: str, study: str, round: int, units: Any, events: Events) -> np.ndarray:
+    def charge(
+        self, run: str, study: str, round: int, units: Any, events: Events, *, again: bool = False
+    ) -> np.ndarray:
         if self.fails:
             raise SiteError("the disk is full", public="this site's ledger cannot be written")
         self.order.append("charged")
@@ -237,7 +239,9 @@ class TestCharges:
         spent: list[Any] = []
 
         class Collecting(Listening):
-            def charge(self, run: str, study: str, round: int, units: Any, events: Events) -> np.ndarray:
+            def charge(
+                self, run: str, study: str, round: int, units: Any, events: Events, *, again: bool = False
+            ) -> np.ndarray:
                 spent.extend(events)
                 return super().charge(run, study, round, units, events)
 

@@ -1,10 +1,8 @@
 """A site's home, a folder of the hospital's own: `policy.yaml`, the ledger, and the key that hides patients in it."""
 
 import os
-import stat
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from cohortium.adapters import ledger, ledger_file
+from cohortium.adapters import ledger, ledger_file, private_files
 from cohortium.adapters.ledger import SqliteLedger
 from cohortium.adapters.ledger_file import Keeper
+from cohortium.adapters.private_files import is_open
 from cohortium.core.errors import SiteError, nearest
 from cohortium.core.fields import LARGEST
 from cohortium.privacy.calibrate import Budget
@@ -170,7 +169,7 @@ def policy_of(folder: Path) -> PrivacyPolicy:
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise _unusable(folder, "is no folder: name a site's home")
-    if _is_open(folder.stat().st_mode, 0o022):
+    if is_open(folder.stat().st_mode, 0o022):
         raise _unusable(
             folder, "can be written by others, who could put another policy or ledger there: chmod 700 it, and look"
         )
@@ -191,7 +190,7 @@ def read_policy(path: Path) -> PrivacyPolicy:
         raise _unusable(path, "is missing: restore it or write one; an empty `privacy: {}` limits nothing") from None
     except OSError as error:
         raise _unusable(path, f"cannot be read ({error.strerror})") from None
-    if _is_open(mode, 0o022):
+    if is_open(mode, 0o022):
         raise _unusable(path, "can be written by others, who could lift its limits: chmod 600 it, and read it again")
     if len(data) > _MOST_BYTES:
         raise _unusable(path, f"is longer than {_MOST_BYTES} bytes, and no policy is")
@@ -248,24 +247,12 @@ def create_key(path: Path, key: bytes) -> None:
 
 def _create(path: Path, data: bytes, taken: str) -> None:
     """Writes a new file of its owner's alone, whole or not at all: half a policy would limit less."""
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o600)
-        # a link, unlike a move, replaces nothing
-        os.link(temporary, path)
+        private_files.create(path, data)
     except FileExistsError:
         raise _unusable(path, taken) from None
     except OSError as error:
         raise _unusable(path, f"cannot be written ({error.strerror})") from None
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                os.unlink(temporary)
 
 
 def read_key(path: Path) -> bytes:
@@ -282,16 +269,11 @@ def read_key(path: Path) -> bytes:
         raise _unusable(
             path, f"cannot be read ({error.strerror}); without it nobody can be found in the ledger: restore it"
         ) from None
-    if _is_open(mode, 0o077):
+    if is_open(mode, 0o077):
         raise _unusable(path, "can be read by others, who could then look for patients in the ledger: chmod 600 it")
     if len(key) != _KEY_BYTES:
         raise _unusable(path, f"is no key of {_KEY_BYTES} bytes: restore it")
     return key
-
-
-def _is_open(mode: int, bits: int) -> bool:
-    """Returns whether others than the owner may do what the bits say, where the system keeps such bits."""
-    return os.name == "posix" and bool(stat.S_IMODE(mode) & bits)
 
 
 def _unusable(path: Path, reason: str) -> SiteError:

@@ -105,7 +105,9 @@ class SqliteLedger:
             self._catch_up(roll)
             return roll.as_listed(can_pay(roll.spent, price, self.tariff.limit))
 
-    def charge(self, run: str, study: str, round: int, units: Column, events: Events) -> NDArray[np.bool_]:
+    def charge(
+        self, run: str, study: str, round: int, units: Column, events: Events, *, again: bool = False
+    ) -> NDArray[np.bool_]:
         """Charges each unit that can pay for all of the events, durably, and returns which ones did."""
         price = self.tariff.price(events)
         with self._lock, speaking(self._where):
@@ -115,7 +117,10 @@ class SqliteLedger:
             with ledger_file.writing(self._connection):
                 self._catch_up(roll)
                 if self._log.holds(run, round):
-                    raise ProtocolError(f"round {round} was refused: this site was charged for it before")
+                    paid = self._paid(run, study, round, roll, events) if again else None
+                    if paid is None:
+                        raise ProtocolError(f"round {round} was refused: this site was charged for it before")
+                    return roll.as_listed(paid)
                 pays = can_pay(roll.spent, price, self.tariff.limit)
                 self._require_countable(roll.spent[pays], price)
                 keys = roll.keys[pays]
@@ -173,6 +178,15 @@ class SqliteLedger:
             ledger_file.check(self._connection, self._where)
             ledger_file.check_pages(self._connection, self._where)
             Log(self._connection, self._where, self._keeper.key, self.tariff).verify(signed, remembered)
+
+    def _paid(self, run: str, study: str, round: int, roll: _Roll, events: Events) -> NDArray[np.bool_] | None:
+        """Returns who paid for a round that is charged, or None if that was for something else or to others."""
+        entry = self._log.entry(run, round)
+        if entry.study != study or chain.charged(entry).events != events:
+            return None
+        keys = self._log.cohort(entry.cohort)
+        paid: NDArray[np.bool_] = np.isin(roll.keys, keys)
+        return paid if int(paid.sum()) == len(keys) else None
 
     def _roll(self, units: Column) -> _Roll:
         """Returns a list of units, with what they have spent if it was looked up lately."""

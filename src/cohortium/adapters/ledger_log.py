@@ -62,6 +62,19 @@ class Log:
         """Returns whether a round of a run was charged."""
         return self._connection.execute(_ANSWERED, (run, round)).fetchone() is not None
 
+    def entry(self, run: str, round: int) -> Entry:
+        """Returns the entry of a round that was charged.
+
+        Raises:
+            SiteError: it is not as it was written.
+        """
+        where = " WHERE kind = 'charge' AND run = ? AND round = ?"
+        *row, stored = self._connection.execute(ledger_file.ENTRIES + where, (run, round)).fetchone()
+        entry = self._entry(row, self.head[0])
+        if stored != entry.digest:
+            raise changed(self._where, entry.seq)
+        return entry
+
     def charged(self) -> dict[bytes, None]:
         """Returns the cohorts that were charged, in the order of their first charge."""
         return dict.fromkeys(cohort for cohort, _ in self.charges)

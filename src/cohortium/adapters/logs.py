@@ -3,9 +3,14 @@
 import json
 import logging
 import sys
+import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, TextIO
 
+from cohortium.core.errors import StudyError
+
+LEVELS = ("debug", "info", "warning", "error")
 FIELDS = (
     "run",
     "site",
@@ -23,6 +28,8 @@ FIELDS = (
 )
 """What a line may hold beside time, level, part and message. Reasons are the public halves of errors."""
 Format = Literal["json", "text"]
+_PLACES = 4
+"""Frames of an unforeseen error that are told, the innermost first."""
 
 
 class _Lines(logging.Formatter):
@@ -35,6 +42,8 @@ class _Lines(logging.Formatter):
         # of an unforeseen error its kind and place are told; its text might hold anything
         if record.exc_info and record.exc_info[0]:
             told["error"] = record.exc_info[0].__name__
+            places = traceback.extract_tb(record.exc_info[2])
+            told["where"] = " < ".join(f"{Path(one.filename).name}:{one.lineno}" for one in places[: -_PLACES - 1 : -1])
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         if self._kind == "json":
             line = {"at": at, "level": record.levelname.lower(), "part": record.name, "message": record.getMessage()}
@@ -43,11 +52,17 @@ class _Lines(logging.Formatter):
         return f"{at} {record.levelname.lower():7} {record.getMessage()} {rest}".rstrip()
 
 
-def begin(level: str, style: Format, stream: TextIO | None = None) -> None:
-    """Sends Cohortium's logs to a stream, standard error if none is given; once a process."""
+def begin(level: str, style: str, stream: TextIO | None = None) -> None:
+    """Sends Cohortium's logs to a stream, standard error if none is given; once a process.
+
+    Raises:
+        StudyError: there is no such level or style.
+    """
+    if level.lower() not in LEVELS or style not in ("json", "text"):
+        raise StudyError(f"logs of level '{level}' as '{style}': levels are {', '.join(LEVELS)}; styles json and text")
     logger = logging.getLogger("cohortium")
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(_Lines(style))
+    handler.setFormatter(_Lines("json" if style == "json" else "text"))
     logger.handlers = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False

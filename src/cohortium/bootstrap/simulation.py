@@ -19,7 +19,7 @@ from cohortium.core.errors import (
     nearest,
 )
 from cohortium.core.features import BinaryTarget
-from cohortium.core.messages import FromSite, MaskedUpdate
+from cohortium.core.messages import MOST_SEED, FromSite, MaskedUpdate
 from cohortium.core.random import Randomness
 from cohortium.core.study import Study
 from cohortium.engines import local
@@ -103,6 +103,8 @@ def _simulated(
         progress=progress,
         faults=faults,
         pool=machine.threads("sites"),
+        # a larger seed than travels decides the sites' own randomness alone
+        seed=seed if plan.noise is None and seed <= MOST_SEED else None,
     )
     took_part = {site for record in result.rounds for site in record.survivors}
     patients = {name: agents[name].table.patients for name in plan.sites if name in took_part}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cohortium.cli import demo, model, site, study
+from cohortium.cli import consortium, coordinator, demo, model, run, site, study
 from cohortium.cli.output import report_error
 from cohortium.core.errors import CohortiumError
 
@@ -22,6 +22,10 @@ app.command("demo")(demo.demo)
 app.add_typer(study.app, name="study")
 app.add_typer(model.app, name="model")
 app.add_typer(site.app, name="site")
+app.add_typer(consortium.app, name="consortium")
+app.add_typer(coordinator.app, name="coordinator")
+app.add_typer(run.app, name="run")
+app.command("status")(run.status)
 app.command("predict")(model.predict)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cohortium import bootstrap
+from cohortium.cli import approvals, membership
 from cohortium.cli.output import Json, Output, Quiet
 from cohortium.privacy.calibrate import Budget
 from cohortium.privacy.renyi import Price
@@ -25,7 +26,7 @@ _NOT_LIMITED = "not limited"
 
 @app.command()
 def init(path: Home, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Begin a site's home: an empty privacy ledger, its key, and a policy to edit."""
+    """Begin a site's home: an empty privacy ledger, its key, a policy and a setup to edit."""
     written = bootstrap.create_home(path)
     output = Output(as_json, quiet)
     output.say(f"Wrote {', '.join(map(str, written))}. Keep all of it at the hospital.")
@@ -103,6 +104,16 @@ def budget(
             "out_of_budget": out,
         }
     )
+
+
+@app.command()
+def run(path: Home) -> None:
+    """Serve this site's runs until stopped: attach to the consortium, answer approved studies."""
+    bootstrap.run_agent(path)
+
+
+membership.register(app)
+approvals.register(app)
 
 
 def _show_studies(output: Output, accounts: Accounts) -> None:

@@ -14,6 +14,7 @@ from cohortium.cli.arguments import SiteData, StudyFile, site_files
 from cohortium.cli.audit import audit_privacy
 from cohortium.cli.output import Json, Output, Quiet
 from cohortium.cli.results import show_outcome
+from cohortium.cli.run import submit
 from cohortium.cli.tradeoff import tradeoff
 from cohortium.coordinator.result import as_json
 from cohortium.core.document import document, json_schema
@@ -120,6 +121,7 @@ def simulate(
     _run(study, site_files(site), seed, folder, folds, Output(as_json, quiet), faults, homes)
 
 
+app.command("submit")(submit)
 app.command("tradeoff")(tradeoff)
 app.command("audit-privacy")(audit_privacy)
 

@@ -182,7 +182,10 @@ def verify_client(certificate: bytes, authority: x509.Certificate, now: datetime
         verifier = PolicyBuilder().store(Store([authority])).time(now).build_client_verifier()
         verifier.verify(x509.load_pem_x509_certificate(certificate), [])
     except (VerificationError, ValueError) as error:
-        raise ProtocolError("a certificate was refused: the consortium's authority does not vouch for it") from error
+        raise ProtocolError(
+            "a certificate was refused: the consortium's authority does not vouch for it now; look whether this "
+            "machine's clock is right"
+        ) from error
     return principal
 
 

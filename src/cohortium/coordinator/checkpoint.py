@@ -27,6 +27,7 @@ from msgspec.structs import replace
 
 from cohortium.coordinator.ports import Checkpoint
 from cohortium.coordinator.rounds import RunState, open_run, opened
+from cohortium.coordinator.selection import Career
 from cohortium.core import codec
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import MOST_MISSED, Announcement
@@ -62,6 +63,8 @@ class _Frozen(msgspec.Struct, frozen=True):
     before: bytes = b""
     digest: bytes = b""
     missed: dict[str, int] = msgspec.field(default_factory=dict)
+    selected: tuple[str, ...] = ()
+    careers: dict[str, Career] = msgspec.field(default_factory=dict)
     survivors: tuple[str, ...] = ()
     small: dict[str, bytes] = msgspec.field(default_factory=dict)
 
@@ -111,6 +114,8 @@ def freeze(state: RunState, saved: Collection[str] = ()) -> Checkpoint:
         before=state.before,
         digest=_digest(state.broadcast),
         missed={site: len(broadcasts) for site, broadcasts in state.missed.items()},
+        selected=state.selected,
+        careers=dict(state.careers),
         survivors=state.tally.survivors,
         small={name: data for name, data in made.items() if len(data) < _SMALL},
     )
@@ -146,7 +151,7 @@ def thaw(
         state, _ = open_run(plan, head.run, identity, pinned, means, head.seed)
         return replace(state, gone=head.gone, waiting=state.waiting - head.gone.keys())
     parts = {**checkpoint.parts, **head.small}
-    threshold = plan.tolerance.threshold
+    threshold = plan.threshold
     state = RunState(
         plan,
         head.run,
@@ -162,6 +167,8 @@ def thaw(
         group=Group(tuple(entry.site for entry in head.keys), threshold),
         session=keys.session_digest(head.run, plan.study_id, threshold, head.keys),
         learned=plan.algorithm.thaw(_part(parts, f"learned.{head.number}")),
+        selected=head.selected,
+        careers=head.careers,
         missed={} if head.survivors else _missed(head, head.number - 1, parts, b""),
     )
     state = opened(state, head.number, head.before)

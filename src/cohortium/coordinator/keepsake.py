@@ -9,7 +9,7 @@ from cohortium.coordinator.result import Result, RoundRecord
 from cohortium.core import codec
 from cohortium.core.document import from_canonical
 from cohortium.guarantees import promise
-from cohortium.plan import compile_study
+from cohortium.plan import Compiler, compile_study
 
 
 class Keepsake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +34,7 @@ def pack(keepsake: Keepsake) -> bytes:
     return codec.encode(keepsake)
 
 
-def unpack(data: bytes) -> Result:
+def unpack(data: bytes, compiler: Compiler = compile_study) -> Result:
     """Returns the result that a keepsake holds.
 
     Raises:
@@ -42,7 +42,7 @@ def unpack(data: bytes) -> Result:
         StudyError: this version cannot compile the study.
     """
     kept = codec.decode(data, Keepsake)
-    plan = compile_study(from_canonical(kept.document))
+    plan = compiler(from_canonical(kept.document))
     outcome = plan.outcome(plan.algorithm.thaw(kept.state))
     records = tuple(_record(Applied(number=number, survivors=who, facts=facts)) for number, who, facts in kept.rounds)
     return Result(plan.study, plan.study_id, kept.run, outcome, records, kept.bytes_setup, promise(plan))

@@ -129,6 +129,20 @@ class SiteRow:
     revoked: datetime | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SiteState:
+    """How a site stands in a run: its last word (an event's kind, or 'contributed'), and its last round, 0 if none.
+
+    `seconds` is how long its last answer took, where an event's facts said it.
+    """
+
+    site: str
+    state: str
+    round: int
+    seconds: float | None
+    at: datetime
+
+
 class Runs(Protocol):
     """The store's runs, as the service leads them. Every method may raise `Unavailable`."""
 
@@ -237,6 +251,9 @@ class Desk(Protocol):
 
     async def coordinators(self) -> Sequence[tuple[str, str, datetime]]:
         """Returns each coordinator's name, address and last sign of life."""
+
+    async def site_states(self, run: str) -> Sequence[SiteState]:
+        """Returns how a run's sites stand, by name."""
 
 
 class Enrolments(Protocol):

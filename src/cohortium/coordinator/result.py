@@ -23,6 +23,7 @@ class RoundRecord:
         bytes_up, bytes_down: bytes of all sites' messages to the coordinator, and of its messages to them.
         seconds: wall time.
         objective: the algorithm's objective, if it has one.
+        selected: the sites that were asked; empty where all were.
     """
 
     number: int
@@ -32,6 +33,7 @@ class RoundRecord:
     bytes_down: int
     seconds: float
     objective: float | None
+    selected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def losses(result: Result) -> tuple[str, ...]:
     """Returns a sentence, without its full stop, for each round that lost a site."""
     told = []
     for record in result.rounds:
-        lost = sorted(set(result.study.sites.include) - set(record.survivors))
+        lost = sorted(set(record.selected or result.study.sites.include) - set(record.survivors))
         if lost:
             told.append(f"Round {record.number} is the sum without {', '.join(lost)}")
     return tuple(told)
@@ -137,6 +139,13 @@ def headline(result: Result, comparison: tuple[Comparison, ...]) -> str:
 SEED_TELLS = "whoever knows a simulation's seed can take its noise away, so its result is as secret as its data"
 
 
+def _record(record: RoundRecord) -> dict[str, Any]:
+    content = asdict(record)
+    if not record.selected:
+        del content["selected"]
+    return content
+
+
 def _privacy(result: Result) -> dict[str, Any] | None:
     if result.privacy is None:
         return None
@@ -151,7 +160,7 @@ def as_json(result: Result, comparison: Sequence[Comparison] = ()) -> dict[str, 
         "study_id": result.study_id,
         "run": result.run,
         "study": document(result.study),
-        "rounds": [asdict(record) for record in result.rounds],
+        "rounds": [_record(record) for record in result.rounds],
         "bytes_setup": result.bytes_setup,
         "privacy": _privacy(result),
     }

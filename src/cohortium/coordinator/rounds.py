@@ -1,7 +1,7 @@
 """A run as the coordinator leads it: step(state, event) -> (state, effects), without I/O, clock or randomness.
 
     keys:     every site announces a key -> all keys go to every site
-    collect:  broadcast -> one protected vector of each site
+    collect:  broadcast -> one protected vector of each site, or of each that the round selects
     endorse:  who is in the sum -> each survivor's endorsement        unless the sum opens by itself
     reveal:   the endorsements -> each survivor's answer -> the sum -> the algorithm's next state
     finished: an outcome, or a reason
@@ -14,17 +14,23 @@ The state holds only the running sum of protected vectors.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
+from cohortium.coordinator.selection import Career, choose
+from cohortium.coordinator.state import Broadcast as Broadcast
+from cohortium.coordinator.state import Effect as Effect
+from cohortium.coordinator.state import Failed as Failed
+from cohortium.coordinator.state import Finished as Finished
+from cohortium.coordinator.state import RoundClosed as RoundClosed
+from cohortium.coordinator.state import RunState as RunState
+from cohortium.coordinator.state import Send as Send
 from cohortium.core import codec
 from cohortium.core.document import canonical_bytes
 from cohortium.core.errors import CohortiumError, ProtocolError, Repeated, RunFailed
-from cohortium.core.layout import Layout, size, unpack
+from cohortium.core.layout import size, unpack
 from cohortium.core.messages import (
     CONTROL_BYTES,
     MOST_MISSED,
@@ -34,6 +40,7 @@ from cohortium.core.messages import (
     FromSite,
     KeySet,
     MaskedUpdate,
+    Noted,
     OpenRound,
     OpenRun,
     Refusal,
@@ -48,101 +55,6 @@ from cohortium.secagg.group import Group
 from cohortium.secagg.protocol import Tally
 from cohortium.secagg.quantise import Residues
 from cohortium.secagg.stream import PLAIN, Means
-
-Phase = Literal["keys", "collect", "endorse", "reveal", "over"]
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """Send one message to some of the sites."""
-
-    message: ToSite
-    sites: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Send:
-    """Send each site a message of its own."""
-
-    messages: Mapping[str, ToSite]
-
-
-@dataclass(frozen=True)
-class RoundClosed:
-    """A round is summed and applied.
-
-    Attributes:
-        survivors: the sites in the sum.
-        values: how many numbers each of them sent.
-        left: the most rounds that may still follow.
-        objective: the algorithm's objective before this round's step, if it has one.
-    """
-
-    number: int
-    survivors: tuple[str, ...]
-    values: int
-    left: int
-    objective: float | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The run has its outcome."""
-
-    outcome: GlobalModel | Summary
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The run ended without an outcome."""
-
-    error: CohortiumError
-
-
-Effect = Broadcast | Send | RoundClosed | Finished | Failed
-
-
-class RunState(msgspec.Struct, frozen=True):
-    """Where a run stands. Start one with `open_run`.
-
-    A struct and not a dataclass, because it is replaced with every message.
-
-    Attributes:
-        identity: the coordinator's signing key, whose public half the sites pinned.
-        pinned: each site's Ed25519 public key (32 bytes) by name, from enrolment.
-        waiting: the sites whose answer the phase still needs.
-        gone: the sites that refused or were expelled, with their reasons.
-        keys: what each site announced.
-        keyed: the sites that have contributed, and so hold the key set.
-        learned: the algorithm's state.
-        before, history: what stands for all broadcasts before this round, and with it (`keys.history`).
-        missed: for each site that was lost, the broadcasts of the rounds since, oldest first.
-    """
-
-    plan: Plan
-    run: str
-    identity: Ed25519PrivateKey
-    pinned: Mapping[str, bytes]
-    means: Means
-    phase: Phase
-    waiting: frozenset[str]
-    gone: Mapping[str, str] = msgspec.field(default_factory=dict)
-    keys: Mapping[str, Announcement] = msgspec.field(default_factory=dict)
-    keyed: frozenset[str] = frozenset()
-    group: Group | None = None
-    session: bytes = b""
-    learned: Any = None
-    number: int = 0
-    layout: Layout = ()
-    broadcast: bytes = b""
-    before: bytes = b""
-    history: bytes = b""
-    missed: Mapping[str, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
-    tally: Tally | None = None
-    seed: int | None = None
-
-    def __repr__(self) -> str:
-        return f"RunState(run={self.run!r}, phase={self.phase!r}, number={self.number})"
 
 
 def open_run(
@@ -188,6 +100,8 @@ def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, lis
         raise ProtocolError(f"a message of '{sender}' was refused: it left the run")
     if isinstance(message, Refusal) and not message.round:
         return _left(state, message.site, message.reason)
+    if isinstance(message, Noted) and sender not in state.waiting:
+        return _late(state, message), []
     if sender not in state.waiting:
         raise Repeated(f"a message of '{sender}' was refused: nothing more is expected of it now")
     return _heard(_accepted(state, message), sender)
@@ -201,6 +115,8 @@ def _accepted(state: RunState, message: FromSite) -> RunState:
             return replace(state, keys={**state.keys, message.site: message})
         case MaskedUpdate() if state.phase == "collect" and tally is not None:
             return replace(state, tally=tally.contribute(message), keyed=state.keyed | {message.site})
+        case Noted() if state.phase == "collect" and _passes(state, message):
+            return replace(state, noted=state.noted | {message.site}, keyed=state.keyed | {message.site})
         case Endorsement() if state.phase == "endorse" and tally is not None:
             return replace(state, tally=tally.endorse(message))
         case Reveal() if state.phase == "reveal" and tally is not None:
@@ -208,6 +124,23 @@ def _accepted(state: RunState, message: FromSite) -> RunState:
         case Refusal() if message.round == state.number:
             return state
     raise ProtocolError(f"a message of '{message.site}' was refused: it is out of order")
+
+
+def _passes(state: RunState, message: Noted) -> bool:
+    return message.round == state.number and bool(state.selected) and message.site not in state.selected
+
+
+def _late(state: RunState, message: Noted) -> RunState:
+    """Returns the state when a site that is not asked has taken in the broadcast after the round's sum was closed."""
+    if not _passes(state, message) or message.site not in state.missed:
+        raise Repeated(f"a message of '{message.site}' was refused: nothing more is expected of it now")
+    missed = {site: broadcasts for site, broadcasts in state.missed.items() if site != message.site}
+    return replace(state, missed=missed, keyed=state.keyed | {message.site})
+
+
+def took(state: RunState, site: str, seconds: float) -> RunState:
+    """Returns the state that knows how long a site took to contribute, from being asked to its answer."""
+    return replace(state, careers={**state.careers, site: state.careers.get(site, Career()).answered(seconds)})
 
 
 def lost(state: RunState, site: str) -> tuple[RunState, list[Effect]]:
@@ -226,7 +159,7 @@ def expel(state: RunState, site: str, reason: str) -> tuple[RunState, list[Effec
 
 def enough(state: RunState) -> bool:
     """Returns whether the phase could be closed now, with every site that is waited for as lost."""
-    tally, threshold = state.tally, state.plan.tolerance.threshold
+    tally, threshold = state.tally, state.plan.threshold
     if state.phase == "over":
         return False
     if tally is None:
@@ -265,7 +198,7 @@ def _key_set(state: RunState) -> KeySet:
 
 def _openings(state: RunState, sites: Iterable[str]) -> dict[str, OpenRound]:
     """Returns how the round is opened to each site; one message where nothing was missed."""
-    opening = OpenRound(state.run, state.number, state.broadcast)
+    opening = OpenRound(state.run, state.number, state.broadcast, selected=state.selected)
     return {site: replace(opening, missed=state.missed[site]) if site in state.missed else opening for site in sites}
 
 
@@ -288,23 +221,31 @@ def _check_key(state: RunState, message: Announcement) -> None:
 def _too_few(state: RunState, count: int) -> CohortiumError:
     if state.gone:
         return CohortiumError("; ".join(f"site '{site}' takes no part: {why}" for site, why in state.gone.items()))
+    sites, needed = len(state.plan.sites), state.plan.threshold
+    if state.selected and state.tally is not None:
+        sites, needed = len(state.selected), state.tally.scheme.group.threshold
     return RunFailed(
-        f"{count} of {len(state.plan.sites)} sites are left and the study needs {state.plan.tolerance.threshold}: "
+        f"{count} of {sites} sites are left and the study needs {needed}: "
         "nothing was opened; start another run when they are back, with fresh keys"
     )
 
 
 def _heard(state: RunState, site: str) -> tuple[RunState, list[Effect]]:
     state = replace(state, waiting=state.waiting - {site})
-    if state.waiting:
+    # a round does not wait for those that only listen
+    if state.waiting.intersection(state.selected) if _selecting(state) else state.waiting:
         return state, []
     close = {"keys": _agreed, "collect": _collected, "endorse": _endorsed, "reveal": _revealed}[state.phase]
     return close(state)
 
 
+def _selecting(state: RunState) -> bool:
+    return state.phase == "collect" and bool(state.selected)
+
+
 def _agreed(state: RunState) -> tuple[RunState, list[Effect]]:
     plan, names = state.plan, tuple(site for site in state.plan.sites if site in state.keys)
-    threshold = plan.tolerance.threshold
+    threshold = plan.threshold
     if len(names) < threshold:
         return _over(state, Failed(_too_few(state, len(names))))
     entries = tuple(state.keys[site] for site in names)
@@ -315,10 +256,14 @@ def _agreed(state: RunState) -> tuple[RunState, list[Effect]]:
 
 
 def _open_round(state: RunState) -> tuple[RunState, list[Effect]]:
-    state = opened(state, state.number + 1, state.history)
     assert state.group is not None
-    if len(state.waiting) < state.group.threshold:
-        return _over(state, Failed(_too_few(state, len(state.waiting))))
+    number, present = state.number + 1, _present(state)
+    selects = state.plan.selects(number)
+    if len(present) < (state.plan.study.sites.fewest if selects else state.group.threshold):
+        return _over(state, Failed(_too_few(replace(state, selected=()), len(present))))
+    state = replace(state, selected=_selected(state, number, present) if selects else ())
+    asked = {site: replace(state.careers.get(site, Career()), asked=number) for site in state.selected}
+    state = opened(replace(state, careers={**state.careers, **asked}), number, state.history)
     openings = _openings(state, [site for site in state.plan.sites if site in state.waiting])
     back = {site: message for site, message in openings.items() if message.missed}
     told = tuple(site for site in openings if site not in back)
@@ -326,8 +271,25 @@ def _open_round(state: RunState) -> tuple[RunState, list[Effect]]:
     return state, [*effects, Send(back)] if back else effects
 
 
+def _present(state: RunState) -> tuple[str, ...]:
+    """Returns the sites that a round is opened to."""
+    assert state.group is not None
+    return tuple(
+        site for site in state.group.sites if site not in state.gone and len(state.missed.get(site, ())) <= MOST_MISSED
+    )
+
+
+def _selected(state: RunState, number: int, present: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the sites that a round asks: of those that were there in the last one, if they are enough."""
+    sites = state.plan.study.sites
+    assert sites.selection is not None
+    steady = tuple(site for site in present if site not in state.missed)
+    among = steady if len(steady) >= sites.fewest else present
+    return choose(sites.selection, among, state.careers, sites.fewest, state.plan.study_id, number)
+
+
 def opened(state: RunState, number: int, before: bytes) -> RunState:
-    """Returns the state with a round open in which nobody has contributed yet.
+    """Returns the state with a round open, to those selected in it, in which nobody has contributed yet.
 
     Args:
         before: what stands for all broadcasts of earlier rounds.
@@ -337,10 +299,8 @@ def opened(state: RunState, number: int, before: bytes) -> RunState:
     broadcast = plan.algorithm.broadcast(state.learned)
     layout, data = plan.algorithm.layout(broadcast), codec.encode(broadcast)
     history = keys.history(before, data)
-    scheme, context = plan.scheme(state.group, layout, state.means), keys.round_context(state.session, number, history)
-    asked = (
-        site for site in state.group.sites if site not in state.gone and len(state.missed.get(site, ())) <= MOST_MISSED
-    )
+    scheme = plan.scheme(plan.summing(state.group, state.selected), layout, state.means)
+    context = keys.round_context(state.session, number, keys.among(history, state.selected))
     return replace(
         state,
         phase="collect",
@@ -350,7 +310,8 @@ def opened(state: RunState, number: int, before: bytes) -> RunState:
         before=before,
         history=history,
         tally=Tally(state.run, number, scheme, context),
-        waiting=frozenset(asked),
+        waiting=frozenset(_present(state)),
+        noted=frozenset(),
     )
 
 
@@ -358,12 +319,14 @@ def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
     tally = state.tally
     assert tally is not None and state.group is not None
     present = frozenset(tally.sealed)
-    if len(present) < state.group.threshold:
+    if len(present) < tally.scheme.group.threshold:
         return _over(state, Failed(_too_few(state, len(present))))
-    absent = [site for site in state.group.sites if site not in present and site not in state.gone]
+    known = present | state.noted | state.gone.keys()
+    absent = [site for site in state.group.sites if site not in known]
     # one more than may be missed marks a site that does not come back
     missed = {site: (*state.missed.get(site, ()), state.broadcast)[: MOST_MISSED + 1] for site in absent}
-    state = replace(state, missed=missed)
+    proven = {site: replace(c, times=c.times + 1) for site, c in state.careers.items() if site in present}
+    state = replace(state, missed=missed, careers={**state.careers, **proven})
     if not tally.scheme.opens:
         return _sum(state, tuple(sorted(present)))
     tally, told = tally.close(state.identity)
@@ -372,23 +335,23 @@ def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
 
 def _endorsed(state: RunState) -> tuple[RunState, list[Effect]]:
     assert state.tally is not None and state.group is not None
-    if len(state.tally.tags) < state.group.threshold:
+    if len(state.tally.tags) < state.tally.scheme.group.threshold:
         return _over(state, Failed(_too_few(state, len(state.tally.tags))))
     return _asked(replace(state, phase="reveal"), state.tally.endorsed())
 
 
 def _asked(state: RunState, told: Mapping[str, ToSite]) -> tuple[RunState, list[Effect]]:
     """Returns the state that waits for those of the sites told that have not left, if enough of them are there."""
-    assert state.group is not None
+    assert state.tally is not None
     messages = {site: message for site, message in told.items() if site not in state.gone}
-    if len(messages) < state.group.threshold:
+    if len(messages) < state.tally.scheme.group.threshold:
         return _over(state, Failed(_too_few(state, len(messages))))
     return replace(state, waiting=frozenset(messages)), [Send(messages)]
 
 
 def _revealed(state: RunState) -> tuple[RunState, list[Effect]]:
     assert state.tally is not None and state.group is not None
-    if len(state.tally.answers) < state.group.threshold:
+    if len(state.tally.answers) < state.tally.scheme.group.threshold:
         return _over(state, Failed(_too_few(state, len(state.tally.answers))))
     return _sum(state, state.tally.survivors)
 
@@ -413,7 +376,8 @@ def _apply(
     learned = algorithm.update(state.learned, statistics)
     outcome = state.plan.outcome(learned) if algorithm.done(learned) else None
     left, objective = algorithm.progress(learned)
-    return learned, RoundClosed(state.number, survivors, size(state.layout), left, objective), outcome
+    closed = RoundClosed(state.number, survivors, size(state.layout), left, objective, state.selected)
+    return learned, closed, outcome
 
 
 def _over(state: RunState, ending: Finished | Failed) -> tuple[RunState, list[Effect]]:

@@ -19,7 +19,7 @@ from cohortium.coordinator.lead import End, Lead, Leader, Order, Save, Tell
 from cohortium.coordinator.ports import ENDED, Applied, Claim, RunEvent, Runs, SiteRow, Superseded, Unavailable, Wish
 from cohortium.core.document import from_canonical
 from cohortium.core.errors import CohortiumError, ProtocolError
-from cohortium.plan import Plan, compile_study
+from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.secagg.stream import PLAIN, Means
 
 log = logging.getLogger("cohortium.coordinator")
@@ -62,11 +62,6 @@ class Revoked:
 Item = News | Wished | Revoked
 
 
-@lru_cache(maxsize=64)
-def _compiled(document: bytes) -> Plan:
-    return compile_study(from_canonical(document))
-
-
 @dataclass
 class Led:
     """A run that is led here."""
@@ -86,6 +81,7 @@ class Service:
         runs: the store.
         identity: the consortium's signing key, whose public half the sites pinned.
         clock: monotonic seconds.
+        compiler: turns a study into a plan.
         observe: is told of every event of a run.
         news: is told of every channel of the store's news.
         revoked: called after sites were revoked.
@@ -101,6 +97,7 @@ class Service:
         clock: Callable[[], float],
         pace: Pace | None = None,
         means: Means = PLAIN,
+        compiler: Compiler = compile_study,
         observe: Observer = lambda run, event: None,
         revoked: Callable[[], None] = lambda: None,
         news: Callable[[str], None] = lambda channel: None,
@@ -109,6 +106,7 @@ class Service:
         self._identity, self._clock, self._means = identity, clock, means
         self._pace, self._observe, self._on_revoked = pace or Pace(), observe, revoked
         self._news = news
+        self._compiled = lru_cache(maxsize=64)(lambda document: compiler(from_canonical(document)))
         self._led: dict[str, Led] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sites: dict[str, SiteRow] = {}
@@ -255,7 +253,7 @@ class Service:
             await self._end(led, End("cancelled", row.reason or "cancelled before it began", None, None, {}))
             return []
         try:
-            plan = _compiled(claim.document)
+            plan = self._compiled(claim.document)
             leader = Leader(self._identity, await self._pinned(plan), self._means)
             now = self._clock()
             if claim.checkpoint is None:

@@ -4,8 +4,9 @@ coordinator          site
 OpenRun       -->                the study's canonical bytes; the site checks study, policy and cohort
               <--    Announcement    a key for this run, signed by the site's pinned identity
 KeySet        -->                everybody's announcements; the site checks each signature
-OpenRound     -->                what the algorithm broadcasts
+OpenRound     -->                what the algorithm broadcasts, and who is asked
               <--    MaskedUpdate    the site's statistics, quantised and masked, and what helps to unmask the sum
+              <--    Noted           instead, of a site that is not asked in this round
 Survivors     -->                who is in the sum, signed; a site endorses one such set a round
               <--    Endorsement     a tag for each other survivor: "this is the set that I hold"
 Endorsed      -->                the tags for this site; it goes on if enough of the others hold the same set
@@ -31,6 +32,8 @@ Sealed = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MOST_SITES)]
 Tags = Annotated[
     tuple[Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)], ...], msgspec.Meta(max_length=MOST_SITES)
 ]
+MOST_SEED = 2**63 - 1
+Seed = Annotated[int, msgspec.Meta(ge=0, le=MOST_SEED)]
 CONTROL_BYTES = 4096
 """More than any message takes whose size no study decides."""
 MOST_MISSED = 8
@@ -44,9 +47,13 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class OpenRun(Message, frozen=True):
-    """Asks a site to take part. `study` holds canonical bytes."""
+    """Asks a site to take part. `study` holds canonical bytes.
+
+    `seed` decides every site's training, and is public. So the run can be repeated; a study with noise gets none.
+    """
 
     study: bytes
+    seed: Seed | None = None
 
 
 class Announcement(Message, frozen=True):
@@ -66,12 +73,14 @@ class KeySet(Message, frozen=True):
 class OpenRound(Message, frozen=True):
     """Opens a round, numbered from 1. `broadcast` holds the algorithm's broadcast in `codec` bytes.
 
-    `missed` holds those of the rounds just before, if this site was lost in them.
+    `missed` holds those of the rounds just before, if this site was lost in them. `selected` names the sites that
+    contribute, in order; empty where all do.
     """
 
     round: Round
     broadcast: bytes
     missed: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MOST_MISSED)] = ()
+    selected: Sites = ()
 
 
 class MaskedUpdate(Message, frozen=True):
@@ -84,6 +93,13 @@ class MaskedUpdate(Message, frozen=True):
     round: Round
     values: np.ndarray
     sealed: Sealed = ()
+
+
+class Noted(Message, frozen=True):
+    """A site's word that it has taken in a round's broadcast, and is not among those that contribute."""
+
+    site: Name
+    round: Round
 
 
 class Survivors(Message, frozen=True):
@@ -144,7 +160,16 @@ class CloseRun(Message, frozen=True):
 
 
 ToSite = OpenRun | KeySet | OpenRound | Survivors | Endorsed | CloseRun
-FromSite = Announcement | MaskedUpdate | Endorsement | Reveal | Refusal
+FromSite = Announcement | MaskedUpdate | Noted | Endorsement | Reveal | Refusal
+
+
+class _Kind(msgspec.Struct):
+    type: str
+
+
+def kind_of(data: bytes) -> str:
+    """Returns the kind of a message of one's own, without reading the rest of it."""
+    return msgspec.msgpack.decode(data, type=_Kind).type
 
 
 def decode_to_site(data: bytes, limit: int = codec.MAX_MESSAGE_BYTES) -> ToSite:

@@ -74,6 +74,10 @@ class Sites:
     """The sites' names; kept in alphabetical order."""
     minimum: Annotated[int, Field(ge=3, le=LARGEST)] = 3
     """Fewest sites over which a sum may be opened."""
+    per_round: Annotated[int, Field(ge=3, le=LARGEST)] | None = None
+    """Sites that contribute to each round of a network's training; left out: all of them."""
+    selection: Literal["random", "adaptive"] | None = None
+    """Who they are: drawn by public randomness (default), or those that answer fast and have waited long."""
 
     def __post_init__(self) -> None:
         at_most("sites.include", self.include, 1000)
@@ -87,6 +91,17 @@ class Sites:
             len(self.include) >= self.minimum,
             f"the study names {len(self.include)} sites and needs {self.minimum}: include more, at least 3",
         )
+        if self.per_round is None:
+            require(self.selection is None, "sites.selection chooses sites of a round: give sites.per_round, or none")
+            return
+        within("sites.per_round", self.per_round, self.minimum, len(self.include))
+        if self.selection is None:
+            object.__setattr__(self, "selection", "random")
+
+    @property
+    def fewest(self) -> int:
+        """The fewest sites that a round may ask for a contribution."""
+        return self.per_round or len(self.include)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from scipy.special import gammaincinv
 
 from cohortium.coordinator.audit import CanaryTest
 from cohortium.core.document import study_id
+from cohortium.core.errors import StudyError
 from cohortium.core.layout import Floats, Layout, Noise, size, unpack
 from cohortium.core.messages import FromSite, MaskedUpdate, ToSite
 from cohortium.core.models import Descriptive
@@ -92,8 +93,16 @@ def trial(plan: Plan, canaries: int, randomness: Randomness) -> Trial:
     Args:
         canaries: how many; where hospitals are protected, there is one for each that is neither lost nor colluding.
         randomness: of the draw that decides which of them take part.
+
+    Raises:
+        StudyError: the study asks some of its sites in a round.
     """
     study = plan.study
+    if study.sites.per_round is not None:
+        raise StudyError(
+            f"a run of canaries asks all sites in every round, and the study asks {study.sites.per_round}: audit it "
+            f"without sites.per_round, over {study.sites.per_round} sites, whose sums carry the least noise"
+        )
     few = len(plan.sites) - study.aggregation.dropouts - study.privacy.colluding
     honest, rest = plan.sites[:few], plan.sites[few:]
     lost = rest[: study.aggregation.dropouts]

@@ -5,7 +5,7 @@ cross-validation inside each hospital, so every patient is scored once by models
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -86,8 +86,15 @@ def fit_in_the_clear(plan: Plan, tables: Sequence[Table], randomness: Randomness
 
     `noise` is that of `in_the_clear`.
     """
-    fitted, fit = in_the_clear(plan.algorithm, tables, randomness, noise)
+    fitted, fit = in_the_clear(_asking_all(plan).algorithm, tables, randomness, noise)
     return GlobalModel(plan.study, fitted, fit)
+
+
+def _asking_all(plan: Plan) -> Plan:
+    """Returns a plan whose divisors, fixed where there is noise, are those of sums over all records."""
+    if plan.noise is None or plan.study.sites.per_round is None:
+        return plan
+    return compile_study(replace(plan.study, sites=replace(plan.study.sites, per_round=None, selection=None)))
 
 
 def score_alone(study: Study, training: Table, rows: Table, randomness: Randomness) -> Floats:

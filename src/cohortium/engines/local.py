@@ -125,6 +125,7 @@ def run(
     progress: Progress | None = None,
     faults: Faults | None = None,
     pool: Executor | None = None,
+    seed: int | None = None,
 ) -> Result:
     """Runs a compiled study over the sites' agents and returns its result.
 
@@ -135,12 +136,13 @@ def run(
         means: how this machine removes masks.
         faults: which messages are lost, to see what dropouts do.
         pool: threads on which several sites work at a time; the result is the same without.
+        seed: a public seed of all training; for studies without noise only.
 
     Raises:
         CohortiumError: the run failed; where a site refused, its own full reason, since all sites are in this process.
     """
     pinned = agents[plan.sites[0]].membership.pinned
-    state, effects = open_run(plan, name, identity, pinned, means)
+    state, effects = open_run(plan, name, identity, pinned, means, seed)
     wire = _Wire(state, agents, clock, tap, faults, pool, clock())
     queue: deque[Effect] = deque(effects)
     records: list[RoundRecord] = []
@@ -155,9 +157,8 @@ def run(
                 queue.extend(wire.carry(messages))
             case RoundClosed() as closed:
                 up, down, seconds = wire.read()
-                records.append(
-                    RoundRecord(closed.number, closed.survivors, closed.values, up, down, seconds, closed.objective)
-                )
+                counted = closed.survivors, closed.values, up, down, seconds
+                records.append(RoundRecord(closed.number, *counted, closed.objective, closed.selected))
                 if progress:
                     progress(closed)
             case Finished(outcome):

@@ -79,6 +79,16 @@ class Algorithm(Protocol[S, B, R]):
     def progress(self, state: S) -> tuple[int, float | None]:
         """Returns the most rounds that may still follow, and the last objective if there is one."""
 
+    def freeze(self, state: S) -> bytes:
+        """Returns a state as bytes, from which another coordinator goes on."""
+
+    def thaw(self, data: bytes) -> S:
+        """Returns the state that `freeze` wrote, equal to the last bit. Its arrays are read-only.
+
+        Raises:
+            ProtocolError: the bytes hold no such state.
+        """
+
 
 @dataclass(frozen=True)
 class PhaseState:
@@ -159,6 +169,18 @@ class Then(Generic[R]):
         algorithm, inner = self._current(state)
         left, objective = algorithm.progress(inner)
         return left + (self.rounds if state.fitted is None else 0), objective
+
+    def freeze(self, state: PhaseState) -> bytes:
+        algorithm, inner = self._current(state)
+        fitted = b"" if state.fitted is None else codec.encode(state.fitted)
+        return codec.encode(PhaseBroadcast(fitted, algorithm.freeze(inner)))
+
+    def thaw(self, data: bytes) -> PhaseState:
+        frozen = codec.decode(data, PhaseBroadcast)
+        if not frozen.fitted:
+            return PhaseState(self.first.thaw(frozen.inner))
+        fitted = codec.decode(frozen.fitted, self.fitted_type)
+        return PhaseState(None, fitted, self.second(fitted).thaw(frozen.inner))
 
     def _advance(self, state: PhaseState) -> PhaseState:
         if not self.first.done(state.first):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import ProtocolError
 from cohortium.core.features import Feature, Number
 from cohortium.core.layout import Block, Floats, Layout, Noise, Statistics
@@ -105,6 +106,12 @@ class Canaries:
 
     def progress(self, state: CanaryState) -> tuple[int, float | None]:
         return self.rounds - len(state.sums), None
+
+    def freeze(self, state: CanaryState) -> bytes:
+        return codec.encode([dict(total) for total in state.sums])
+
+    def thaw(self, data: bytes) -> CanaryState:
+        return CanaryState(tuple(codec.decode(data, list[dict[str, np.ndarray]])))
 
 
 def turned(number: int) -> float:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import ConvergenceError, ProtocolError, StudyError
 from cohortium.core.features import NumberTarget, Target
 from cohortium.core.layout import Block, Floats, Layout, Noise, Statistics
@@ -206,6 +207,12 @@ class GradientDescent:
 
     def progress(self, state: DescentState) -> tuple[int, float | None]:
         return self.training.rounds - state.rounds, state.loss
+
+    def freeze(self, state: DescentState) -> bytes:
+        return codec.encode(state)
+
+    def thaw(self, data: bytes) -> DescentState:
+        return codec.decode(data, DescentState)
 
     def finish(self, state: DescentState) -> CoefficientFit:
         beta, loss = state.beta, state.loss

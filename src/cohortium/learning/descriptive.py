@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import CohortError, ProtocolError
 from cohortium.core.features import BinaryTarget, Category, Feature, Number, NumberTarget, Target
 from cohortium.core.layout import Block, Floats, Layout, Statistics
@@ -88,6 +89,39 @@ class DescribeState:
     left: int
     summary: Summary | None = None
     brackets: tuple[Bracket, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrozenSummary:
+    """A summary as bytes can hold it: features of each kind apart, and the order of all of them."""
+
+    n: int
+    order: tuple[str, ...]
+    numbers: tuple[NumberSummary, ...]
+    categories: tuple[CategorySummary, ...]
+
+    @staticmethod
+    def of(summary: Summary | None) -> "FrozenSummary | None":
+        """Returns what is to be kept of a summary, if there is one."""
+        if summary is None:
+            return None
+        numbers = tuple(feature for feature in summary.features if isinstance(feature, NumberSummary))
+        categories = tuple(feature for feature in summary.features if isinstance(feature, CategorySummary))
+        return FrozenSummary(summary.n, tuple(feature.name for feature in summary.features), numbers, categories)
+
+    @property
+    def summary(self) -> Summary:
+        """The summary that it was made of."""
+        features: list[NumberSummary | CategorySummary] = [*self.numbers, *self.categories]
+        named = {feature.name: feature for feature in features}
+        return Summary(self.n, tuple(named[name] for name in self.order))
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    left: int
+    summary: FrozenSummary | None
+    brackets: tuple[Bracket, ...]
 
 
 @dataclass(frozen=True)
@@ -209,6 +243,13 @@ class Describe:
     def progress(self, state: DescribeState) -> tuple[int, float | None]:
         narrowing = state.summary is None or any(bracket.open for bracket in state.brackets)
         return (state.left if narrowing else 0), None
+
+    def freeze(self, state: DescribeState) -> bytes:
+        return codec.encode(_Frozen(state.left, FrozenSummary.of(state.summary), state.brackets))
+
+    def thaw(self, data: bytes) -> DescribeState:
+        frozen = codec.decode(data, _Frozen)
+        return DescribeState(frozen.left, frozen.summary.summary if frozen.summary else None, frozen.brackets)
 
     def _known(self, name: str, table: Table) -> Floats:
         """Returns the values of a column that the site may describe, `(n_known,)`."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import CohortError, ConvergenceError, ProtocolError, StudyError
 from cohortium.core.layout import Block, Floats, Layout, Statistics
 from cohortium.core.random import Randomness
@@ -150,6 +151,12 @@ class FedAvg:
 
     def progress(self, state: FedAvgState) -> tuple[int, float | None]:
         return self.averaging.rounds - state.round, state.loss
+
+    def freeze(self, state: FedAvgState) -> bytes:
+        return codec.encode(state)
+
+    def thaw(self, data: bytes) -> FedAvgState:
+        return codec.decode(data, FedAvgState)
 
     @property
     def _trainer(self) -> Trainer:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
+from cohortium.core import codec
 from cohortium.core.errors import CohortError, ConvergenceError, ProtocolError
 from cohortium.core.features import CountTarget, NumberTarget, Target
 from cohortium.core.layout import Block, Floats, Layout, Statistics
@@ -272,6 +273,12 @@ class Glm:
     def progress(self, state: GlmState) -> tuple[int, float | None]:
         left = 0 if state.converged else self.training.rounds - state.rounds
         return left, state.loss if np.isfinite(state.loss) else None
+
+    def freeze(self, state: GlmState) -> bytes:
+        return codec.encode(state)
+
+    def thaw(self, data: bytes) -> GlmState:
+        return codec.decode(data, GlmState)
 
     def finish(self, state: GlmState) -> GlmFit:
         assert state.hessian is not None

@@ -30,6 +30,7 @@ from functools import cached_property
 import numpy as np
 from scipy import special
 
+from cohortium.core import codec
 from cohortium.core.errors import ProtocolError, StudyError
 from cohortium.core.features import NumberTarget, Target
 from cohortium.core.layout import Block, Floats, Layout, Noise, Statistics
@@ -194,6 +195,12 @@ class OneShotRegression:
 
     def progress(self, state: OneShotState) -> tuple[int, float | None]:
         return (0 if self.done(state) else 1), None
+
+    def freeze(self, state: OneShotState) -> bytes:
+        return codec.encode(state)
+
+    def thaw(self, data: bytes) -> OneShotState:
+        return codec.decode(data, OneShotState)
 
     def _weight_and_mean(self, gram: Floats, products: Floats) -> tuple[float, float]:
         """Returns the loss's curvature at the model without features, and its mean of the target as it is summed."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import CohortError, ProtocolError
 from cohortium.core.features import Category, Feature, Number
 from cohortium.core.layout import Block, Floats, Layout, Statistics
@@ -181,6 +182,12 @@ class Preprocess:
 
     def progress(self, state: FitState) -> tuple[int, float | None]:
         return (0 if self.done(state) else 1), None
+
+    def freeze(self, state: FitState) -> bytes:
+        return codec.encode(state)
+
+    def thaw(self, data: bytes) -> FitState:
+        return codec.decode(data, FitState)
 
 
 def _plausible(bounds: tuple[float, float], mean: float, deviation: float) -> bool:

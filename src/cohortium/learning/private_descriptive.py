@@ -29,13 +29,21 @@ from functools import cached_property
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import ProtocolError, StudyError
 from cohortium.core.features import Category, Feature, Number, Target
 from cohortium.core.layout import Block, Floats, Layout, Noise, Statistics
 from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
 from cohortium.learning.algorithm import Memory
-from cohortium.learning.descriptive import CategorySummary, Describe, Histogram, NumberSummary, Summary
+from cohortium.learning.descriptive import (
+    CategorySummary,
+    Describe,
+    FrozenSummary,
+    Histogram,
+    NumberSummary,
+    Summary,
+)
 from cohortium.learning.preprocess import FitBroadcast, middle_and_half, to_unit
 from cohortium.learning.private_preprocess import (
     MOMENTS_LENGTH,
@@ -57,6 +65,11 @@ class PrivateDescribeState:
     """The summary once the sum is known."""
 
     summary: Summary | None = None
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    summary: FrozenSummary | None
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,13 @@ class PrivateDescribe:
 
     def progress(self, state: PrivateDescribeState) -> tuple[int, float | None]:
         return (0 if self.done(state) else 1), None
+
+    def freeze(self, state: PrivateDescribeState) -> bytes:
+        return codec.encode(_Frozen(FrozenSummary.of(state.summary)))
+
+    def thaw(self, data: bytes) -> PrivateDescribeState:
+        frozen = codec.decode(data, _Frozen)
+        return PrivateDescribeState(frozen.summary.summary if frozen.summary else None)
 
     def _entries(self, feature: Feature) -> tuple[str, ...]:
         """Returns the names of a feature's entries in the vector."""

@@ -29,10 +29,11 @@ Opacus computes each record's gradient (Yousefpour et al. 2021).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import ProtocolError, StudyError
 from cohortium.core.layout import Block, Floats, Layout, Noise, Statistics
 from cohortium.core.random import Randomness
@@ -187,6 +188,15 @@ class PrivateFedAvg:
 
     def progress(self, state: PrivateState) -> tuple[int, float | None]:
         return self.averaging.rounds - state.round, None
+
+    def freeze(self, state: PrivateState) -> bytes:
+        # for the first half of the rounds they are one
+        mean = np.zeros(0) if state.mean is state.parameters else state.mean
+        return codec.encode(replace(state, mean=mean))
+
+    def thaw(self, data: bytes) -> PrivateState:
+        state = codec.decode(data, PrivateState)
+        return state if state.mean.size else replace(state, mean=state.parameters)
 
     @property
     def _trainer(self) -> Trainer:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cohortium.core import codec
 from cohortium.core.errors import ProtocolError
 from cohortium.core.features import Category, Feature, Number
 from cohortium.core.layout import Block, Floats, Layout, Noise, Statistics
@@ -218,6 +219,12 @@ class PrivatePreprocess:
 
     def progress(self, state: FitState) -> tuple[int, float | None]:
         return (0 if self.done(state) else 1), None
+
+    def freeze(self, state: FitState) -> bytes:
+        return codec.encode(state)
+
+    def thaw(self, data: bytes) -> FitState:
+        return codec.decode(data, FitState)
 
     def _entries(self, feature: Feature) -> tuple[str, ...]:
         """Returns what is asked for of a feature, an entry of the vector each."""

@@ -15,7 +15,10 @@ from cohortium.core.training import Server
 
 @dataclass(frozen=True)
 class Moments:
-    """An optimiser's first and second moment, each `(n_parameters,)`; they never leave the coordinator."""
+    """An optimiser's first and second moment, each `(n_parameters,)` or empty where it has none.
+
+    They never leave the coordinator.
+    """
 
     first: Floats
     second: Floats
@@ -23,7 +26,9 @@ class Moments:
 
 def start(server: Server, size: int) -> Moments:
     """Returns the moments before the first round: m = 0 and v = tau squared, the least that algorithm 2 allows."""
-    return Moments(np.zeros(size), np.full(size, server.tau**2))
+    first = 0 if server.optimiser == "sgd" else size
+    second = 0 if server.optimiser in ("sgd", "momentum") else size
+    return Moments(np.zeros(first), np.full(second, server.tau**2))
 
 
 def apply(server: Server, parameters: Floats, moments: Moments, update: Floats) -> tuple[Floats, Moments]:

@@ -154,6 +154,17 @@ def history(before: bytes, broadcast: bytes) -> bytes:
     return blake2b(broadcast, key=before, digest_size=32, person=b"cohort history").digest()
 
 
+def among(history: bytes, selected: Sequence[str]) -> bytes:
+    """Returns 32 bytes that stand for all broadcasts and for the sites that one round selects; as given for all sites.
+
+    Sites that were told different selections have nothing in common that adds up.
+    """
+    if not selected:
+        return history
+    text = framed(*(site.encode() for site in selected))
+    return blake2b(text, key=history, digest_size=32, person=b"cohort selected").digest()
+
+
 def round_context(session: bytes, number: int, broadcast: bytes) -> bytes:
     """Returns 32 bytes that stand for one round: its session, its number and what was broadcast."""
     digest = blake2b(session + number.to_bytes(8, "big"), digest_size=32, person=b"cohort round")

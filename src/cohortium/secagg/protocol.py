@@ -73,9 +73,10 @@ class Member(msgspec.Struct, frozen=True):
 
     Attributes:
         run, me: the run's name and the site's.
+        group: the sites that agreed on keys. A round's scheme may be for some of them.
         session: what stands for the run's key set (`keys.session_digest`).
         coordinator: the coordinator's pinned Ed25519 public key (32 bytes).
-        last_round: the last round protected; only later ones are.
+        last_round: the last round protected, or passed over; only later ones are.
         rounds: the latest of them, which may still be opened.
     """
 
@@ -94,8 +95,9 @@ class Member(msgspec.Struct, frozen=True):
         """Returns the site's contribution to a round.
 
         Args:
-            broadcast: what stands for all that the coordinator has broadcast (`keys.history`). Where two sites heard
-                other things, now or before, nothing adds up.
+            broadcast: what stands for all that the coordinator has broadcast (`keys.history`) and for the sites that
+                it selects (`keys.among`). Where two sites heard other things, now or before, nothing adds up.
+            scheme: that of the sites which sum in this round, this one among them.
             randomness: for this round alone.
 
         Raises:
@@ -105,7 +107,8 @@ class Member(msgspec.Struct, frozen=True):
         if number <= self.last_round:
             raise Repeated(f"round {number} was refused: round {self.last_round} is already protected")
         pairs, context = self.pairs.at(number), round_context(self.session, number, broadcast)
-        seeds = pairs.round_seeds(number)
+        every = pairs.round_seeds(number)
+        seeds = {peer: every[peer] for peer in scheme.group.peers(self.me)}
         values, secret = scheme.protect(self.me, seeds, context, vector, randomness)
         sealed, own = self._dealt(scheme, seeds, context, secret, randomness)
         rounds = dict(self.rounds)
@@ -115,6 +118,10 @@ class Member(msgspec.Struct, frozen=True):
                 del rounds[oldest]
         later = replace(self, pairs=pairs, last_round=number, rounds=rounds)
         return MaskedUpdate(self.run, self.me, number, values, sealed), later
+
+    def passed(self, number: int) -> "Member":
+        """Returns the member that takes no part in a round, and in none before it any more."""
+        return replace(self, last_round=max(number, self.last_round))
 
     def endorse(self, message: Survivors) -> "tuple[Endorsement, Member]":
         """Returns the site's endorsement of a survivor set.
@@ -126,17 +133,18 @@ class Member(msgspec.Struct, frozen=True):
                 signed by the pinned coordinator, or lacks this site.
         """
         pending, chosen = self._pending(message.round), message.sites
+        group = pending.scheme.group
         if pending.survivors:
             if chosen == pending.survivors:
                 raise Repeated(f"the survivors of round {message.round} are endorsed already")
             raise ProtocolError(f"a second survivor set for round {message.round} was refused: one was endorsed")
-        if chosen != tuple(sorted(set(chosen) & set(self.group.sites))) or self.me not in chosen:
+        if chosen != tuple(sorted(set(chosen) & set(group.sites))) or self.me not in chosen:
             raise ProtocolError(
                 "a survivor set was refused: it must list sites of the run in order, once each, this one too"
             )
-        if len(chosen) < self.group.threshold:
+        if len(chosen) < group.threshold:
             raise ProtocolError(
-                f"a survivor set of {len(chosen)} sites was refused: below {self.group.threshold} the sum stays closed"
+                f"a survivor set of {len(chosen)} sites was refused: below {group.threshold} the sum stays closed"
             )
         try:
             public = Ed25519PublicKey.from_public_bytes(self.coordinator)
@@ -159,6 +167,7 @@ class Member(msgspec.Struct, frozen=True):
             ProtocolError: it endorsed no set, or the endorsers are none of it.
         """
         pending, endorsers = self._pending(message.round), message.sites
+        threshold = pending.scheme.group.threshold
         if pending.revealed:
             raise Repeated(f"round {message.round} is revealed already")
         others = set(pending.survivors) - {self.me}
@@ -169,10 +178,10 @@ class Member(msgspec.Struct, frozen=True):
             compare_digest(tag, _endorsement(pending.seeds[peer], digest, peer))
             for peer, tag in zip(endorsers, message.tags, strict=True)
         ]
-        if sum(valid) + 1 < self.group.threshold:
+        if sum(valid) + 1 < threshold:
             raise RoundRefused(
                 f"endorsements of {sum(valid)} other sites are of the set that this site holds: below "
-                f"{self.group.threshold - 1} of them the sum stays closed"
+                f"{threshold - 1} of them the sum stays closed"
             )
         answer = pending.scheme.answer(self.me, pending.survivors, pending.shares, message.total)
         rounds = {**self.rounds, message.round: replace(pending, revealed=True, shares={}, seeds={})}
@@ -191,13 +200,12 @@ class Member(msgspec.Struct, frozen=True):
         """Returns the shares of this site's secret, sealed for each peer, and its own one."""
         if not secret.size:
             return (), {}
-        sites = self.group.sites
-        shares = dict(
-            zip(sites, share(secret, len(sites), self.group.threshold, randomness.child("shares")), strict=True)
-        )
+        group = scheme.group
+        dealt = share(secret, len(group.sites), group.threshold, randomness.child("shares"))
+        shares = dict(zip(group.sites, dealt, strict=True))
         sealed = tuple(
             AESGCM(_sealing_key(seeds[peer], context, self.me)).encrypt(_NONCE, shares[peer].tobytes(), None)
-            for peer in self.group.peers(self.me)
+            for peer in group.peers(self.me)
         )
         return sealed, {self.me: shares[self.me]}
 
@@ -263,13 +271,19 @@ class Tally(msgspec.Struct, frozen=True):
         chosen = tuple(site for site in group.sites if site in self.sealed)
         if len(chosen) < group.threshold:
             raise ProtocolError(f"{len(chosen)} sites contributed and it takes {group.threshold}: the sum stays closed")
+        closed = replace(self, survivors=chosen)
+        return closed, closed.told(identity)
+
+    def told(self, identity: Ed25519PrivateKey) -> dict[str, Survivors]:
+        """Returns what to tell each survivor of a tally that is closed, the same each time."""
+        group, chosen = self.scheme.group, self.survivors
         signature = sign(identity, _PURPOSE, *_signed_parts(self.context, chosen))
         dealt = {site: dict(zip(group.peers(site), self.sealed[site], strict=False)) for site in chosen}
         messages = {}
         for site in chosen:
             sealed = tuple(dealt[sender][site] for sender in chosen if sender != site and dealt[sender])
             messages[site] = Survivors(self.run, self.number, chosen, signature, sealed)
-        return replace(self, survivors=chosen, sealed={}), messages
+        return messages
 
     def endorse(self, message: Endorsement) -> "Tally":
         """Returns the tally with a survivor's endorsement.

@@ -28,6 +28,7 @@ class Scheme(Protocol):
     Attributes:
         group: the sites of the run.
         length: how many residues a vector has.
+        bits: how wide their sums are.
         secret_shape: the shape of the secret that each site shares in a round; `(0, 0)` if there is none.
         opens: whether the survivors must help to open a sum. Otherwise it is open once every site has contributed.
         decrypted_by_sites: whether they need the sum itself for that.
@@ -40,6 +41,9 @@ class Scheme(Protocol):
 
     @property
     def length(self) -> int: ...
+
+    @property
+    def bits(self) -> int: ...
 
     @property
     def secret_shape(self) -> tuple[int, int]: ...

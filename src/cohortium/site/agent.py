@@ -1,7 +1,12 @@
-"""A site's agent: bytes in, bytes out. It performs what the session asks for, and turns failures into refusals."""
+"""A site's agent: bytes in, bytes out. It performs what the session asks for, and turns failures into refusals.
+
+With a journal it may be killed at any moment and goes on afterwards. It answers a request once: the answer, and the
+session after it, are in the journal before the answer leaves, and whoever asks again, in whatever words, gets the very
+same bytes. What was computed and not kept has not left, and is computed anew, from the same randomness.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cohortium.core import codec
 from cohortium.core.document import MAX_DOCUMENT_BYTES, study_id_of
@@ -21,6 +26,7 @@ from cohortium.core.messages import (
     CloseRun,
     Endorsed,
     FromSite,
+    OpenRound,
     OpenRun,
     Refusal,
     Survivors,
@@ -28,19 +34,24 @@ from cohortium.core.messages import (
     decode_to_site,
 )
 from cohortium.core.random import Randomness
+from cohortium.core.study import Study
 from cohortium.learning.table import Table
 from cohortium.plan import Compiler, Plan, compile_study
 from cohortium.secagg.stream import PLAIN, Means
-from cohortium.site.cohort import Roster, load
+from cohortium.site.cohort import Roster, load, recorded, recovered
 from cohortium.site.policy import PrivacyPolicy
-from cohortium.site.ports import DataSource, Ledger
+from cohortium.site.ports import Approvals, DataSource, Frozen, Journal, KeptRun, Ledger, Request
 from cohortium.site.session import Charge, LoadCohort, Membership, Send, Session, step
+from cohortium.site.snapshot import freeze, thaw
 from cohortium.site.spending import UNSTATED, eligible, price, remaining, units
 
 NO_POLICY = PrivacyPolicy()
 _MOST_RUNS = 16
 """Runs at a time; one that is opened beyond them ends the oldest."""
 _UNSTATED = "the site's agent failed; its own staff see why"
+_NO_MEMORY = "the site's agent ran out of the memory that it may use"
+_COHORT = "cohort"
+"""The part of a kept session that tells who is in its cohort."""
 
 
 @dataclass
@@ -49,10 +60,10 @@ class Agent:
 
     Attributes:
         membership: who the site is and whom it trusts.
-        source: the dataset that the site offers.
+        source: the dataset that the site offers, or all of them by the names that studies call them by.
         approved: ids of the studies that the site's steward approved, and how many runs of each. No other is answered,
             and no data are read for it. Without this, whoever opens runs could ask one question after the other, or
-            the same one over other survivors.
+            the same one over other survivors. It is asked whenever a run is opened.
         randomness: the root of the coming runs' keys, from the operating system outside simulations. Opening a run
             moves it on, so that a run's keys cannot be had from what is kept.
         ledger: what each patient's data have cost in privacy so far, over all studies. Without one, no study that
@@ -60,38 +71,81 @@ class Agent:
         policy: what the site's steward allows a study to ask in privacy.
         compiler: turns a study into a plan.
         means: how this machine masks.
+        journal: what outlasts this process. Without one, whatever is open ends with it.
         failure: the last failure in full, for the site's own staff; the coordinator gets its public half.
     """
 
     membership: Membership
-    source: DataSource
-    approved: Mapping[str, int]
+    source: DataSource | Mapping[str, DataSource]
+    approved: Approvals
     randomness: Randomness
     compiler: Compiler = compile_study
     means: Means = PLAIN
     ledger: Ledger | None = None
     policy: PrivacyPolicy = NO_POLICY
+    journal: Journal | None = None
     failure: Exception | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
-    _cohorts: dict[str, tuple[str, Roster]] = field(default_factory=dict, repr=False)
+    _cohorts: dict[str, Roster] = field(default_factory=dict, repr=False)
     _served: dict[str, str] = field(default_factory=dict)
-    _latest: Table | None = field(default=None, repr=False)
+    _latest: Roster | None = field(default=None, repr=False)
+    _remembered: dict[str, tuple[str, bytes]] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Session] = field(default_factory=dict, repr=False)
+    _restored: bool = False
 
     def receive(self, data: bytes) -> list[bytes]:
-        """Returns the site's answers to a message of the coordinator.
+        """Returns the site's answers to a message of the coordinator; none if the site's journal cannot be used.
 
         Raises:
             ProtocolError: the bytes are no message. Every later failure is answered with a refusal instead.
         """
+        if self.journal is None:
+            return self._performed(decode_to_site(data, self._limit()))
+        try:
+            self._restore(self.journal)
+        except CohortiumError as error:
+            return self._unkept(error)
         message = decode_to_site(data, self._limit())
+        try:
+            return self._once(message, self.journal)
+        except CohortiumError as error:
+            return self._unkept(error)
+        except BaseException:
+            # whatever is in memory may be ahead of the journal
+            self._let_go()
+            raise
+
+    def _once(self, message: ToSite, journal: Journal) -> list[bytes]:
+        """Returns the answers to a message: those of the first time, or else new ones, which are then kept.
+
+        Raises:
+            SiteError: the journal failed; nothing may be sent.
+        """
+        run, request = message.run, Request(message.run, type(message).__name__, getattr(message, "round", 0))
+        if not isinstance(message, CloseRun):
+            try:
+                said = journal.answers(request)
+            except RoundRefused as error:
+                return [self._refuse_round(message, error)]
+            if said is not None:
+                return list(said)
+        before, known = self._sessions.get(run), run in self._served
+        answers = self._performed(message)
+        after = self._sessions.get(run)
+        if after is not None and (after is not before or answers):
+            journal.keep(self._served[run], request, answers, self._frozen(run, after))
+            self._kept[run] = after
+        elif after is None and (before is not None or known != (run in self._served)):
+            journal.keep(self._served[run], request, answers, None)
+        return answers
+
+    def _performed(self, message: ToSite) -> list[bytes]:
         try:
             return [codec.encode(answer) for answer in self._answers(message)]
         except Repeated:
             return []
         except RoundRefused as error:
-            self.failure = error
-            assert isinstance(message, Survivors | Endorsed)
-            return [codec.encode(Refusal(message.run, self.membership.site, str(error), message.round))]
+            return [self._refuse_round(message, error)]
         except DataError as error:
             reason = UNSTATED if self._private(message.run) else error.public
             named = SiteError(f"{self.membership.site}: {error}", public=reason)
@@ -101,14 +155,15 @@ class Agent:
         except CohortiumError as error:
             return [self._refuse(message.run, error, str(error))]
         except Exception as error:  # noqa: BLE001  whatever went wrong, its text might hold a patient's value
-            return [self._refuse(message.run, error, _UNSTATED)]
+            short = _lacks_memory(error) and not self._private(message.run)
+            return [self._refuse(message.run, error, _NO_MEMORY if short else _UNSTATED)]
 
     @property
     def table(self) -> Table:
         """The cohort of the run that was opened last."""
         if self._latest is None:
             raise ProtocolError("no run has read this site's cohort yet")
-        return self._latest
+        return self._latest.table
 
     def _cohort(self, run: str, effect: LoadCohort) -> Table:
         """Returns the plan's cohort at this site, the same throughout a run.
@@ -118,38 +173,55 @@ class Agent:
                 of two rounds' sums could be a single patient.
             PolicyRefused: too few patients have enough of their privacy budget left.
         """
-        now = self.source.fingerprint()
-        if run not in self._cohorts:
-            self.policy.admit(effect.plan.study)
-            whole = eligible(effect.plan.study, load(effect.plan, self.source))
-            roster = self._affordable(effect.plan, whole, effect.cost)
-            self._cohorts[run] = now, roster
-            self._latest = roster.table
-        elif self._cohorts[run][0] != now:
+        study = effect.plan.study
+        source = self._source(study)
+        now = source.fingerprint()
+        if run in self._remembered and self._remembered[run][0] != now:
             reason = "the data changed during the run"
             raise DataError(f"{reason}. Nothing more was sent. Run the study again.", public=reason)
-        return self._cohorts[run][1].table
+        if run not in self._cohorts:
+            self.policy.admit(study)
+            whole = eligible(study, load(effect.plan, source))
+            if run in self._remembered:
+                roster = recovered(whole, self._remembered[run][1])
+            else:
+                roster = self._affordable(effect.plan, whole, effect.cost)
+                self._remembered[run] = now, recorded(whole, roster)
+            self._cohorts[run] = self._latest = roster
+        return self._cohorts[run].table
+
+    def _source(self, study: Study) -> DataSource:
+        if not isinstance(self.source, Mapping):
+            return self.source
+        name = study.cohort.dataset
+        if name not in self.source:
+            raise PolicyRefused(f"the study was refused: this site offers no dataset '{name}' (site.yaml)")
+        return self.source[name]
 
     def _affordable(self, plan: Plan, roster: Roster, cost: Events) -> Roster:
         """Returns those of a cohort's patients who can pay for a whole run."""
         if not cost:
             return roster
         study = plan.study
-        return remaining(study, roster, self._kept().affordable(units(study, roster), price(study, roster, cost)))
+        return remaining(study, roster, self._accounts().affordable(units(study, roster), price(study, roster, cost)))
 
     def _charged(self, run: str, effect: Charge) -> Table:
         """Charges a round to the cohort's patients and returns the table of those who could pay."""
         self._cohort(run, LoadCohort(effect.plan, ()))
-        study, roster = effect.plan.study, self._cohorts[run][1]
-        cost = price(study, roster, effect.cost)
-        paid = self._kept().charge(run, effect.plan.study_id, effect.round, units(study, roster), cost)
+        study, roster = effect.plan.study, self._cohorts[run]
+        cost, ledger, again = price(study, roster, effect.cost), self._accounts(), False
+        asked = self._sessions[run].asked
+        if self.journal is not None and asked is not None:
+            # a crash may have come between a charge and its answer: then this very round was paid for, and never sent
+            again = self.journal.intend(Request(run, OpenRound.__name__, effect.round), asked.history)
+        paid = ledger.charge(run, effect.plan.study_id, effect.round, units(study, roster), cost, again=again)
         return remaining(study, roster, paid).table
 
     def _private(self, run: str) -> bool:
         session = self._sessions.get(run)
         return session is not None and session.plan is not None and session.plan.noise is not None
 
-    def _kept(self) -> Ledger:
+    def _accounts(self) -> Ledger:
         if self.ledger is None:
             raise PolicyRefused(
                 "the study was refused: it spends its patients' privacy budget, and this site keeps no ledger of it"
@@ -183,27 +255,79 @@ class Agent:
 
     def _open(self, message: OpenRun) -> None:
         study = study_id_of(message.study)
-        if study not in self.approved:
+        approved = self.approved.get(study, 0)
+        if not approved:
             raise PolicyRefused("the study was refused: this site's steward has not approved it")
         if message.run in self._sessions:
             raise Repeated("a run is open already")
         if message.run in self._served:
             raise ProtocolError("a run was refused: its name was used before")
-        if list(self._served.values()).count(study) >= self.approved[study]:
+        if list(self._served.values()).count(study) >= approved:
             raise PolicyRefused("the study was refused: it has had all the runs that this site's steward approved")
         self._served[message.run] = study
         keys, self.randomness = self.randomness.child("run", message.run), self.randomness.child("next")
         while len(self._sessions) >= _MOST_RUNS:
-            self._forget(next(iter(self._sessions)))
+            self._end(next(iter(self._sessions)))
         self._sessions[message.run] = Session(self.membership, keys, self.compiler, self.means)
 
     def _limit(self) -> int:
         """Returns more bytes than any message may have that is due now."""
         return CONTROL_BYTES + max([MAX_DOCUMENT_BYTES, *map(_due, self._sessions.values())])
 
+    def _restore(self, journal: Journal) -> None:
+        """Takes up what the journal has, once."""
+        if self._restored:
+            return
+        for kept in journal.runs():
+            self._served[kept.run] = kept.study
+            if kept.frozen is not None:
+                self._take_up(kept, journal)
+        self._restored = True
+
+    def _take_up(self, kept: KeptRun, journal: Journal) -> None:
+        assert kept.frozen is not None
+        try:
+            session = thaw(kept.frozen, self.membership, self.compiler, self.means)
+            self._remembered[kept.run] = codec.decode(kept.frozen.parts[_COHORT], tuple[str, bytes])
+        except (CohortiumError, KeyError) as error:
+            refusal = self._refuse(kept.run, error, "the site's agent was started anew and cannot go on with the run")
+            journal.keep(kept.study, Request(kept.run, Refusal.__name__), [refusal], None)
+        else:
+            self._sessions[kept.run] = self._kept[kept.run] = session
+
+    def _frozen(self, run: str, session: Session) -> Frozen:
+        since = self._kept.get(run)
+        frozen = freeze(session, since)
+        if since is not None:
+            return frozen
+        # who is in the cohort is settled when the run is opened
+        return replace(frozen, parts={**frozen.parts, _COHORT: codec.encode(self._remembered[run])})
+
+    def _unkept(self, error: Exception) -> list[bytes]:
+        """Says nothing, because what is said could not be kept. The coordinator asks again."""
+        self._let_go()
+        self.failure = error
+        return []
+
+    def _let_go(self) -> None:
+        """Forgets what is in memory, so that the journal is read again."""
+        for kept in (self._sessions, self._cohorts, self._served, self._remembered, self._kept):
+            kept.clear()
+        self._restored = False
+
+    def _end(self, run: str) -> None:
+        self._forget(run)
+        if self.journal is not None:
+            self.journal.keep(self._served[run], Request(run, CloseRun.__name__), [], None)
+
     def _forget(self, run: str) -> None:
-        self._sessions.pop(run, None)
-        self._cohorts.pop(run, None)
+        for kept in (self._sessions, self._cohorts, self._remembered, self._kept):
+            kept.pop(run, None)
+
+    def _refuse_round(self, message: ToSite, error: RoundRefused) -> bytes:
+        self.failure = error
+        assert isinstance(message, OpenRound | Survivors | Endorsed)
+        return codec.encode(Refusal(message.run, self.membership.site, str(error), message.round))
 
     def _refuse(self, run: str, failure: Exception, reason: str) -> bytes:
         self.failure = failure
@@ -215,3 +339,8 @@ def _due(session: Session) -> int:
     if session.plan is None:
         return 0
     return session.plan.outbound_limit if session.member is not None else 512 * len(session.plan.sites)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    # PyTorch says so in words alone
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cohortium.core.errors import DataError
+from cohortium.core.errors import DataError, ProtocolError
 from cohortium.core.filter import Column, is_missing
 from cohortium.learning.contract import after_missing, conform, conform_target, typed
 from cohortium.learning.table import Table
@@ -53,6 +53,27 @@ class Roster:
         owners = self.table.patient
         rows = stay if owners is None else stay[owners]
         return Roster(self.patients[stay], self.table.take(rows))
+
+
+def recorded(whole: Roster, roster: Roster) -> bytes:
+    """Returns who of a roster's patients are in a smaller one, a bit for each; empty if all are."""
+    if roster is whole:
+        return b""
+    return np.packbits(np.isin(whole.patients.astype(str), roster.patients.astype(str))).tobytes()
+
+
+def recovered(whole: Roster, record: bytes) -> Roster:
+    """Returns the smaller roster that was recorded.
+
+    Raises:
+        ProtocolError: the record is of another roster.
+    """
+    if not record:
+        return whole
+    count = len(whole.patients)
+    if len(record) != -(-count // 8):
+        raise ProtocolError("a cohort that was recorded is not that of these data")
+    return whole.only(np.unpackbits(np.frombuffer(record, np.uint8), count=count).astype(bool))
 
 
 def load(plan: Plan, source: DataSource) -> Roster:

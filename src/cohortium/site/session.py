@@ -24,6 +24,7 @@ from cohortium.core.messages import (
     Endorsed,
     FromSite,
     KeySet,
+    Noted,
     OpenRound,
     OpenRun,
     Survivors,
@@ -96,18 +97,24 @@ class Asked:
     Attributes:
         broadcast, layout: what the algorithm asks for, and the shape of the answer.
         history: what stands for all broadcasts up to this one.
+        selected: the sites that contribute; empty where all do.
     """
 
     round: int
     broadcast: Any
     history: bytes
     layout: Layout
+    selected: tuple[str, ...] = ()
 
 
 class Session(msgspec.Struct, frozen=True):
     """Where a site stands in a run. `randomness` is used for this run alone.
 
     A struct and not a dataclass, because it is replaced several times a round.
+
+    Attributes:
+        training: what local training draws from.
+        public: the root of a public seed; it decides training and rounding, and no key.
     """
 
     membership: Membership
@@ -115,6 +122,7 @@ class Session(msgspec.Struct, frozen=True):
     compiler: Compiler = compile_study
     means: Means = PLAIN
     training: Randomness | None = None
+    public: Randomness | None = None
     plan: Plan | None = None
     run: str = ""
     private: X25519PrivateKey | None = None
@@ -158,7 +166,7 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
         case CloseRun():
             blank = Randomness(bytes(32))
             ended = replace(session, over=True, private=None, member=None, before=None, memory={})
-            return replace(ended, randomness=blank, training=blank), []
+            return replace(ended, randomness=blank, training=blank, public=None), []
     raise ProtocolError("a message was refused: it came twice or out of order")
 
 
@@ -166,8 +174,18 @@ def _open_run(session: Session, message: OpenRun) -> tuple[Session, list[Effect]
     plan = session.compiler(from_canonical(message.study))
     if session.membership.site not in plan.sites:
         raise ProtocolError("the study was refused: it does not include this site")
-    opened = replace(session, plan=plan, run=message.run, training=session.randomness.child("training"))
+    opened = replace(session, plan=plan, run=message.run, **_choices(session, plan, message.seed))
     return opened, [LoadCohort(plan, plan.releases)]
+
+
+def _choices(session: Session, plan: Plan, seed: int | None) -> dict[str, Randomness | None]:
+    """Returns what decides a run's result at this site: its own secret randomness, or what a public seed says."""
+    if seed is None:
+        return {"training": session.randomness.child("training"), "public": None}
+    if plan.noise is not None:
+        raise ProtocolError("the study was refused: it has differential privacy, and takes no public seed")
+    root = Randomness.of_seed(seed)
+    return {"training": root.child("training", session.membership.site), "public": root}
 
 
 def _announce(session: Session) -> tuple[Session, list[Effect]]:
@@ -187,7 +205,7 @@ def _agree(session: Session, message: KeySet) -> tuple[Session, list[Effect]]:
     unknown = set(plan.sites) - pinned.keys()
     if unknown:
         raise ProtocolError(f"the study was refused: this site knows no identity of {', '.join(sorted(unknown))}")
-    threshold = plan.tolerance.threshold
+    threshold = plan.threshold
     keys.check(entries, {site: pinned[site] for site in plan.sites}, session.run, plan.study_id, threshold)
     member = Member(
         session.run,
@@ -208,8 +226,9 @@ def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effe
         raise Repeated(f"round {opened.round} was refused: round {last} is already protected")
     if not earliest <= last + 1 or opened.round > plan.rounds:
         raise ProtocolError(f"round {opened.round} was refused: it is out of order or beyond the study's rounds")
-    if opened.missed and not plan.study.aggregation.dropouts:
+    if opened.missed and not plan.may_miss:
         raise ProtocolError(f"round {opened.round} was refused: the study lets no site miss a round")
+    _check_selected(plan, session.member.group, opened)
     algorithm, before, history = plan.algorithm, session.before, session.history
     # it may have contributed to a round in which its contribution was lost
     unseen = opened.missed[last + 1 - earliest :]
@@ -219,9 +238,27 @@ def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effe
             algorithm.admit(broadcast, before)
             before, history = broadcast, keys.history(history, data)
         layout = algorithm.layout(broadcast)
+    site = session.membership.site
+    if opened.selected and site not in opened.selected:
+        later = replace(session, member=session.member.passed(opened.round), before=before, history=history)
+        return later, [Send(Noted(session.run, site, opened.round))]
     cost = plan.stages(layout).events()
-    asked = replace(session, asked=Asked(opened.round, broadcast, history, layout))
+    asked = replace(session, asked=Asked(opened.round, broadcast, history, layout, opened.selected))
     return asked, [Charge(plan, opened.round, cost) if cost else LoadCohort(plan, ())]
+
+
+def _check_selected(plan: Plan, agreed: Group, opened: OpenRound) -> None:
+    """Refuses a selection that the study does not allow."""
+    chosen = opened.selected
+    if not plan.selects(opened.round):
+        if chosen:
+            raise ProtocolError(f"round {opened.round} was refused: the study asks all sites in it, not some")
+        return
+    if chosen != tuple(sorted(set(chosen) & set(agreed.sites))) or len(chosen) < plan.study.sites.fewest:
+        raise ProtocolError(
+            f"round {opened.round} was refused: it must select at least {plan.study.sites.fewest} sites of the run, "
+            "once each and in order"
+        )
 
 
 def _contribute(session: Session, asked: Asked, table: Table) -> tuple[Session, list[Effect]]:
@@ -231,9 +268,12 @@ def _contribute(session: Session, asked: Asked, table: Table) -> tuple[Session, 
     with session.means.training, np.errstate(all="ignore"):
         statistics, memory = plan.algorithm.local(asked.broadcast, table, session.memory, session.training)
     own = session.randomness.child("round", asked.round)
-    encoded = plan.stages(layout).encode(pack(layout, statistics), own)
-    scheme = plan.scheme(member.group, layout, session.means)
-    update, member = member.protect(asked.round, asked.history, scheme, encoded, own)
+    public = session.public
+    drawn = own if public is None else public.child("encoding", session.membership.site, asked.round)
+    encoded = plan.stages(layout).encode(pack(layout, statistics), drawn)
+    scheme = plan.scheme(plan.summing(member.group, asked.selected), layout, session.means)
+    stands = keys.among(asked.history, asked.selected)
+    update, member = member.protect(asked.round, stands, scheme, encoded, own)
     later = replace(session, member=member, asked=None, before=asked.broadcast, history=asked.history, memory=memory)
     return later, [Send(update)]
 

@@ -6,12 +6,14 @@ answered meanwhile. Messages of one run are dealt with in their order, one at a 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cohortium.core.errors import ProtocolError
+from cohortium.core.errors import CohortiumError, ProtocolError
+from cohortium.core.messages import kind_of
 
 log = logging.getLogger("cohortium.agent")
 _SHORT = 0.02
@@ -42,8 +44,11 @@ class Carrier(Protocol):
         """Sends an answer, if need be after the link is back."""
 
 
-Answered = Callable[[str, float, int], None]
-"""Is told of each message that was dealt with: its run, the seconds it took, and how many answers there were."""
+Answered = Callable[[str, str, float, bool], None]
+"""Is told of each message that was dealt with: its run, what was answered, the seconds it took, and whether the site
+refused."""
+Prepare = Callable[[bytes], Awaitable[None]]
+"""Prepares for the first message of a run that was not heard of before."""
 
 
 @dataclass
@@ -51,7 +56,7 @@ class _Queue:
     """One run's messages that wait, and how long its last one took."""
 
     waiting: "asyncio.Queue[bytes]" = field(default_factory=asyncio.Queue)
-    seconds: float = float("inf")
+    seconds: float = math.inf
     task: "asyncio.Task[None] | None" = None
 
 
@@ -60,7 +65,9 @@ class Attendant:
 
     Args:
         clock: monotonic seconds.
-        pool: threads for what takes long.
+        pool: a thread for what takes long.
+        prepare: is awaited before the first message of a run.
+        answered: is told of what was done.
     """
 
     def __init__(
@@ -69,9 +76,11 @@ class Attendant:
         link: Carrier,
         pool: Executor,
         clock: Callable[[], float],
-        answered: Answered = lambda run, seconds, answers: None,
+        prepare: Prepare,
+        answered: Answered = lambda run, kind, seconds, refused: None,
     ) -> None:
-        self._agent, self._link, self._pool, self._clock, self._answered = agent, link, pool, clock, answered
+        self._agent, self._link, self._pool, self._clock = agent, link, pool, clock
+        self._prepare, self._answered = prepare, answered
         self._runs: dict[str, _Queue] = {}
 
     async def serve(self) -> None:
@@ -79,7 +88,7 @@ class Attendant:
         try:
             async for run, data in self._link.messages():
                 queue = self._runs.setdefault(run, _Queue())
-                if queue.task is None and queue.seconds < _SHORT and len(data) < _SMALL:
+                if self._idle and queue.seconds < _SHORT and len(data) < _SMALL:
                     await self._deal(run, queue, data, at_once=True)
                     continue
                 queue.waiting.put_nowait(data)
@@ -102,6 +111,8 @@ class Attendant:
     async def _deal(self, run: str, queue: _Queue, data: bytes, *, at_once: bool) -> None:
         began = self._clock()
         try:
+            if queue.seconds == math.inf:
+                await self._prepared(data)
             if at_once:
                 answers = self._agent.receive(data)
             else:
@@ -112,7 +123,19 @@ class Attendant:
         queue.seconds = self._clock() - began
         for answer in answers:
             await self._link.send(run, answer)
-        self._answered(run, queue.seconds, len(answers))
+        kinds = [kind_of(answer) for answer in answers]
+        self._answered(run, kinds[0] if kinds else "none", queue.seconds, "Refusal" in kinds)
+
+    async def _prepared(self, data: bytes) -> None:
+        try:
+            await self._prepare(data)
+        except CohortiumError as error:
+            log.warning("not all is ready for a run", extra={"reason": str(error)})
+
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing is being worked on: the agent does one thing at a time."""
+        return all(queue.task is None for queue in self._runs.values())
 
     def _forget_some(self) -> None:
         idle = [run for run, queue in self._runs.items() if queue.task is None]

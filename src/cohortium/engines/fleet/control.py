@@ -23,7 +23,7 @@ from cohortium.core.document import MAX_DOCUMENT_BYTES, from_canonical, study_id
 from cohortium.core.errors import CohortiumError, PolicyRefused, StudyError
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
 from cohortium.engines.fleet.v1 import fleet_pb2_grpc as pb_grpc
-from cohortium.plan import compile_study
+from cohortium.plan import Compiler, compile_study
 
 log = logging.getLogger("cohortium.fleet")
 _PART = 1 << 20
@@ -79,6 +79,7 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
         present: tells which sites are attached, and where.
         news: tells of changes in the store.
         allow: whether a caller may ask for something now, by name; a rate limit.
+        compiler: turns a study into a plan.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
         present: Callable[[Sequence[str]], Awaitable[Mapping[str, Presence]]],
         news: News,
         allow: Callable[[str], Awaitable[bool]],
+        compiler: Compiler = compile_study,
     ) -> None:
+        self._compiler = compiler
         self._desk, self._sites, self._present, self._news, self._allow = desk, sites, present, news, allow
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.Run:  # noqa: N802  gRPC's own name
@@ -97,7 +100,7 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
                 raise StudyError("a run was refused: its name or its study is missing or too long")
             if not request.run.isprintable() or "/" in request.run:
                 raise StudyError("a run was refused: its name holds characters that no name needs")
-            plan = compile_study(from_canonical(request.study))
+            plan = self._compiler(from_canonical(request.study))
             seed = request.seed if request.HasField("seed") else None
             if seed is not None and plan.noise is not None:
                 raise StudyError(

@@ -1,0 +1,277 @@
+"""A site's journal in SQLite: one transaction for each message that is answered, on the disk before the answer leaves.
+
+Write-ahead log, synchronous FULL, rows that are deleted are overwritten. Large values lie as files beside it.
+
+Trust: the file holds the secrets of the runs that are open, and nothing of those that are over but their names. Who
+reads it could take the site's place in an open run. Who puts an older copy in its place has the site answer anew, with
+the same masks: never restore one; delete it with `spool/` instead, which ends the open runs.
+"""
+
+import hashlib
+import hmac
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+
+from cohortium.adapters import journal_file
+from cohortium.adapters.journal_file import JOURNAL, Spool, speaking, unusable, writing
+from cohortium.core.errors import ProtocolError, RoundRefused
+from cohortium.core.signature import framed
+from cohortium.site.ports import Frozen, KeptRun, Request
+
+_CORE = ""
+"""The name under which a session's core is kept among its parts."""
+_ROUNDS = 2
+"""The latest rounds whose answers are kept."""
+
+
+class SqliteJournal:
+    """A site's journal (`cohortium.site.ports.Journal`). Use `connect`; one process at a time has it."""
+
+    def __init__(self, connection: sqlite3.Connection, folder: Path, spool: Spool, lock: int) -> None:
+        self._connection, self._where, self._spool, self._held = connection, folder / JOURNAL, spool, lock
+        self._lock = RLock()
+
+    def __enter__(self) -> "SqliteJournal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file, and lets another agent have it."""
+        with self._lock:
+            self._connection.close()
+            if self._held >= 0:
+                os.close(self._held)
+                self._held = -1
+
+    def runs(self) -> Sequence[KeptRun]:
+        """Returns all runs that were ever served, in the order in which they were opened."""
+        with self._lock, speaking(self._where):
+            rows = self._connection.execute("SELECT run, study, open FROM runs ORDER BY seq").fetchall()
+            return [KeptRun(run, study, self._frozen(run) if is_open else None) for run, study, is_open in rows]
+
+    def answers(self, request: Request) -> Sequence[bytes] | None:
+        """Returns what was answered to a request, or None if nothing was."""
+        key = (request.run, request.kind, request.round)
+        with self._lock, speaking(self._where):
+            row = self._connection.execute("SELECT last_word FROM runs WHERE run = ?", key[:1]).fetchone()
+            if row is None:
+                return None
+            if row[0] is not None:
+                return [row[0]]
+            rows = self._connection.execute(
+                "SELECT place, data, file, size, crc FROM answers WHERE run = ? AND kind = ? AND round = ? "
+                "ORDER BY place",
+                key,
+            ).fetchall()
+        if not rows:
+            return None
+        said = [self._spool.give(value) for place, *value in rows if place >= 0]
+        whole = [data for data in said if data is not None]
+        if len(whole) < len(said):
+            raise RoundRefused(f"round {request.round} was refused: this site lost what it had answered")
+        return whole
+
+    def intend(self, request: Request, digest: bytes) -> bool:
+        """Keeps that a round is about to be charged for something; returns whether that was kept before."""
+        key = (request.run, request.round)
+        with self._lock, speaking(self._where), writing(self._connection):
+            row = self._connection.execute("SELECT digest FROM intents WHERE run = ? AND round = ?", key).fetchone()
+            if row is None:
+                self._connection.execute("INSERT INTO intents VALUES (?, ?, ?)", (*key, digest))
+                return False
+        if not hmac.compare_digest(row[0], digest):
+            raise ProtocolError(f"round {request.round} was refused: it was asked for before, with another broadcast")
+        return True
+
+    def keep(self, study: str, request: Request, answers: Sequence[bytes], after: Frozen | None) -> None:
+        """Keeps answers and the session after them, both or neither."""
+        run = request.run
+        with self._lock, speaking(self._where):
+            said, parts = [], {}
+            if after is not None:
+                said = [self._spool.take_in(data) for data in answers]
+                kept = {_CORE: after.core, **after.parts}
+                parts = {name: self._spool.take_in(data) for name, data in kept.items()}
+            with writing(self._connection):
+                self._connection.execute(
+                    "INSERT INTO runs (run, study, open) VALUES (?, ?, 1) ON CONFLICT (run) DO NOTHING", (run, study)
+                )
+                old = self._ended(run, answers) if after is None else self._dropped(request, parts)
+                self._connection.executemany(
+                    "INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?)",
+                    [(run, name, *value) for name, value in parts.items()],
+                )
+                if after is not None:
+                    # that nothing was said is an answer, too
+                    rows = [(-1, b"", None, 0, 0), *((place, *value) for place, value in enumerate(said))]
+                    self._connection.executemany(
+                        "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        [(run, request.kind, request.round, *row) for row in rows],
+                    )
+            self._spool.clear(iter(old))
+            if after is None:
+                # what is overwritten in the file must not stay in its log
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _dropped(self, request: Request, parts: Mapping[str, object]) -> list[str | None]:
+        """Deletes what is replaced or no longer needed; returns the files that no row names then."""
+        run, oldest = request.run, request.round - _ROUNDS + 1
+        self._connection.execute("DELETE FROM intents WHERE run = ? AND round <= ?", (run, request.round))
+        rows = self._connection.execute(
+            "DELETE FROM answers WHERE run = ? AND ((round > 0 AND round < ?) OR (kind = ? AND round = ?)) "
+            "RETURNING file",
+            (run, oldest, request.kind, request.round),
+        ).fetchall()
+        for name in parts:
+            rows += self._connection.execute(
+                "DELETE FROM parts WHERE run = ? AND name = ? RETURNING file", (run, name)
+            ).fetchall()
+        return [file for (file,) in rows]
+
+    def _ended(self, run: str, answers: Sequence[bytes]) -> list[str | None]:
+        """Deletes all of a run but its name, its study and its last word; returns the files that no row names then."""
+        word = answers[-1] if answers else None
+        self._connection.execute("UPDATE runs SET open = 0, last_word = ? WHERE run = ?", (word, run))
+        self._connection.execute("DELETE FROM intents WHERE run = ?", (run,))
+        rows = []
+        for table in ("answers", "parts"):
+            rows += self._connection.execute(f"DELETE FROM {table} WHERE run = ? RETURNING file", (run,)).fetchall()
+        return [file for (file,) in rows]
+
+    def _frozen(self, run: str) -> Frozen:
+        rows = self._connection.execute(
+            "SELECT name, data, file, size, crc FROM parts WHERE run = ?", (run,)
+        ).fetchall()
+        parts = {name: self._spool.give(value) for name, *value in rows}
+        whole = {name: data for name, data in parts.items() if data is not None}
+        core = whole.pop(_CORE, b"")
+        return Frozen(core, whole) if len(whole) == len(parts) - 1 else Frozen(b"", {})
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A study that the steward approved.
+
+    Attributes:
+        runs: how many runs in all.
+        had: how many of them were opened.
+        time: when it was approved last.
+    """
+
+    study: str
+    name: str
+    runs: int
+    had: int
+    time: str
+
+
+class Approved:
+    """The steward's approvals (`cohortium.site.ports.Approvals`), as the journal's file has them at each moment."""
+
+    def __init__(self, folder: Path) -> None:
+        self._connection, self._where = journal_file.opened(folder), folder / JOURNAL
+        self._lock = RLock()
+
+    def __enter__(self) -> "Approved":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._connection.close()
+
+    def get(self, study: str, default: int, /) -> int:
+        """Returns how many runs of a study are approved in all."""
+        with self._lock, speaking(self._where):
+            row = self._connection.execute("SELECT runs FROM approvals WHERE study = ?", (study,)).fetchone()
+        return int(row[0]) if row else default
+
+    def approve(self, study: str, name: str, runs: int, time: str) -> Approval:
+        """Allows a study so many more runs, from now on, whatever was allowed before."""
+        with self._lock, speaking(self._where), writing(self._connection):
+            had = self._had(study)
+            self._connection.execute(
+                "INSERT OR REPLACE INTO approvals VALUES (?, ?, ?, ?)", (study, name, had + runs, time)
+            )
+        return Approval(study, name, had + runs, had, time)
+
+    def revoke(self, study: str) -> bool:
+        """Allows a study no further runs; those that are open go on. Returns whether it was approved."""
+        with self._lock, speaking(self._where), writing(self._connection):
+            return self._connection.execute("DELETE FROM approvals WHERE study = ?", (study,)).rowcount > 0
+
+    def all(self) -> list[Approval]:
+        """Returns all approvals, the oldest first."""
+        with self._lock, speaking(self._where):
+            rows = self._connection.execute("SELECT study, name, runs, time FROM approvals ORDER BY time, study")
+            return [Approval(study, name, runs, self._had(study), time) for study, name, runs, time in rows.fetchall()]
+
+    def _had(self, study: str) -> int:
+        (count,) = self._connection.execute("SELECT count(*) FROM runs WHERE study = ?", (study,)).fetchone()
+        return int(count)
+
+
+def connect(folder: Path, site: str, identity: bytes) -> SqliteJournal:
+    """Opens the journal of a site's home for its agent; it is begun if there is none.
+
+    Args:
+        site: the site's name.
+        identity: its public Ed25519 key. The journal is bound to both by whoever opens it first.
+
+    Raises:
+        SiteError: it is another site's, another agent has it, others may read it, or it cannot be read or written.
+    """
+    connection, lock = journal_file.opened(folder), -1
+    try:
+        spool = journal_file.spool(folder)
+        lock = _locked(spool.folder)
+        with speaking(folder / JOURNAL):
+            _claim(connection, folder, hashlib.sha256(framed(b"cohortium journal 1", site.encode(), identity)).digest())
+            spool.clean(set(_files(connection)))
+        return SqliteJournal(connection, folder, spool, lock)
+    except BaseException:
+        connection.close()
+        if lock >= 0:
+            os.close(lock)
+        raise
+
+
+def _claim(connection: sqlite3.Connection, folder: Path, owner: bytes) -> None:
+    with writing(connection):
+        row = connection.execute("SELECT digest FROM owner").fetchone()
+        if row is None:
+            connection.execute("INSERT INTO owner VALUES (?)", (owner,))
+        elif not hmac.compare_digest(row[0], owner):
+            raise unusable(
+                folder / JOURNAL, "is the journal of another site or identity: restore this site's own, or delete it"
+            )
+
+
+def _files(connection: sqlite3.Connection) -> Iterator[str]:
+    for table in ("answers", "parts"):
+        for (file,) in connection.execute(f"SELECT file FROM {table} WHERE file IS NOT NULL"):
+            yield file
+
+
+def _locked(folder: Path) -> int:
+    """Holds a folder for this process until it ends, however it ends."""
+    if os.name != "posix":
+        return -1
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise unusable(folder.parent, "is in use: another agent of this site runs already") from None
+    return handle
