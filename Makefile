@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FLOWER := .venv-flower
+NVFLARE := .venv-nvflare
 CONSTRAINTS := constraints.txt
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine bench-secagg bench-privacy format clean
+.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine bench-secagg bench-privacy bench-fleet format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -18,11 +19,11 @@ $(BIN)/python:
 
 # one stamp for each set of packages, renewed when what they need changes
 $(VENV)/.demo: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[coordinator]'
 	@touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,torch,privacy,rlwe,ckks]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,coordinator,telemetry,torch,privacy,rlwe,ckks]'
 	@touch $@ $(VENV)/.demo
 
 setup: $(VENV)/.test ## everything for development, PyTorch too
@@ -52,7 +53,7 @@ docs: $(VENV)/.test ## regenerate the reference pages and run every code block
 	$(BIN)/python tools/readme_figures.py
 	$(BIN)/python -m pytest tests/docs
 
-bench: bench-engine bench-flamby bench-secagg bench-privacy ## all benchmarks
+bench: bench-engine bench-flamby bench-secagg bench-privacy bench-fleet ## all benchmarks
 
 bench-flamby: $(VENV)/.test ## FLamby's Fed-Heart-Disease, five seeds
 	$(BIN)/python benchmarks/bench_flamby.py
@@ -80,9 +81,19 @@ bench-privacy: $(VENV)/.bench ## AUC against epsilon on FLCHAIN, and the speed o
 	$(BIN)/python benchmarks/bench_privacy.py
 	$(BIN)/python tools/readme_figures.py
 
+# NVFLARE's packages, apart from ours, as Flower's
+$(NVFLARE)/.done:
+	$(PYTHON) -m venv $(NVFLARE)
+	-$(NVFLARE)/bin/python -m pip install --quiet 'nvflare==2.9.*'
+	@touch $@
+
+bench-fleet: $(VENV)/.test $(FLOWER)/.done $(NVFLARE)/.done ## rounds over mutual TLS between processes, beside NVFLARE's and Flower's
+	$(BIN)/python benchmarks/bench_fleet.py --flower-python $(FLOWER)/bin/python --nvflare-python $(NVFLARE)/bin/python
+	$(BIN)/python tools/readme_figures.py
+
 format: $(VENV)/.test ## let ruff rewrite the layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and what tools left
-	rm -rf $(VENV) $(FLOWER) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(FLOWER) $(NVFLARE) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,7 +7,8 @@ SuperLink with TLS and SuperNode authentication, SuperNodes that each start a pr
 that adds 1 to what it gets, a ServerApp with FedAvg. A round is the time between two marks in the ServerApp, so it
 holds the sending, the ClientApps, the answers and the mean; figures are medians of rounds 2 and later. A run lasts
 from the request to start it until the SuperLink says that it is finished, seen every 0.2 s; `overhead_s` is a run less
-its rounds. The memory is the sum of the resident sets of a process and all below it (what they share counts each time), `running` at its peak.
+its rounds. The memory is the sum of the resident sets of a process and all below it, `running` at its peak; what they
+share counts for each.
 
 Not measured: secure aggregation (the SuperLink reads each site's update here), the start of the fleet, the start of
 the `flwr` command, and the installation of an app's packages, which is off. All sites share this machine's processors,
@@ -39,7 +40,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-FIGURE_S, BENCH_S = 120, 1800
+FIGURE_S, BENCH_S = 120, 1500
 """Seconds until one figure, or the whole bench, is given up."""
 GROW_S, STOP_S = 180, 105
 """Seconds until a fleet stays as small as it is, or a run is stopped after the rounds that it has done."""
@@ -231,6 +232,7 @@ class Fleet:
         from flwr.cli.utils import init_http_client_from_connection
 
         folder = self.folder
+        os.environ["FLWR_HOME"] = str(folder / "console")
         (folder / "app").mkdir()
         (folder / "app" / "pyproject.toml").write_text(PROJECT)
         (folder / "app" / "fleetbench.py").write_text(APP)

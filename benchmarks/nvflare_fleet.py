@@ -11,7 +11,7 @@ a provisioned project: a server and clients that each start a process for each j
 A round is the time between two marks in the server's job process, so it holds the sending, the executors, the answers
 and the mean; figures are medians of rounds 2 and later. A run lasts from the request to submit a job until the server
 says that it is finished, seen every 0.2 s; `overhead_s` is a run less its rounds. The memory is the sum of the
-resident sets of a process and all below it, `running` at its peak.
+resident sets of a process and all below it, `running` at its peak; what they share counts for each.
 
 Not measured: homomorphic encryption (the server reads each site's update here), the start of the fleet, and the saving
 of the model, which the job leaves out. All sites share this machine's processors, and their links are loopback.
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_fleet import (
+    BENCH_S,
     MANY,
     POLL_S,
     STOP_S,
@@ -43,8 +44,6 @@ from flower_fleet import (
     settled,
 )
 
-BENCH_S = 3000
-"""Seconds until the whole bench is given up."""
 ADMIN = "admin@bench.org"
 PROTECTION = {
     "defaults": "mutual TLS; the server reads each update",

@@ -99,7 +99,7 @@ def full(model: str, target: str) -> dict[str, Any]:
         "study": "full-1",
         "version": 3,
         "purpose": {"summary": "why", "use": ["NPU"]},
-        "sites": {"include": ["a", "b", "c", "d"], "minimum": 4},
+        "sites": {"include": ["a", "b", "c", "d"], "minimum": 4, "per_round": 4, "selection": "adaptive"},
         "cohort": {
             "dataset": "d",
             "patient": "id",
@@ -479,7 +479,8 @@ def test_every_section_and_key_of_the_schema_is_among_those() -> None:
 
 
 def test_a_key_that_resembles_none_is_refused_too() -> None:
-    with pytest.raises(StudyError, match=r"unknown key 'zzz' in 'sites' \(known: include, minimum\)"):
+    known = "include, minimum, per_round, selection"
+    with pytest.raises(StudyError, match=rf"unknown key 'zzz' in 'sites' \(known: {known}\)"):
         parse(DOCUMENTS[0] | {"sites": {"include": ["a", "b", "c"], "zzz": 1}})
 
 

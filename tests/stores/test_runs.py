@@ -56,6 +56,8 @@ async def seen(stores: World, run: str) -> tuple[object, ...]:
 
 async def checkpoint_of(stores: World, run: str) -> Checkpoint | None:
     """Returns a run's checkpoint, by taking its lead."""
+    with suppress(Unavailable):
+        await stores.runs.beat("reader", "x")
     await stores.runs.beat("reader", "x")
     async with asyncio.timeout(10):
         while True:
@@ -163,16 +165,15 @@ def test_only_a_dead_leader_is_followed_and_by_the_databases_clock(stores: Store
             assert (after.row.epoch, after.row.leader) == (2, "two")
             before = await seen(here, "run")
             late = Checkpoint(round=9, state=b"late", parts={"p": b"x"})
+            applied, events = Applied(number=9, survivors=("a",)), [RunEvent(kind="late")]
             for write in (
-                here.runs.save(
-                    claim, Checkpoint(round=9, state=b"late", parts={"p": b"x"}), Applied(number=9, survivors=("a",))
-                ),
-                here.runs.save(claim, Checkpoint(round=9, state=b"late"), None, [RunEvent(kind="late")]),
-                here.runs.mark(claim, "paused", [RunEvent(kind="late")]),
-                here.runs.end(claim, "failed", "late", b"late"),
+                lambda: here.runs.save(claim, late, applied),
+                lambda: here.runs.save(claim, Checkpoint(round=9, state=b"late"), None, events),
+                lambda: here.runs.mark(claim, "paused", events),
+                lambda: here.runs.end(claim, "failed", "late", b"late"),
             ):
                 with pytest.raises(Superseded):
-                    await write
+                    await write()
             await here.runs.release(claim)
             assert await seen(here, "run") == before
             assert await checkpoint_of(here, "run") is None
@@ -180,6 +181,23 @@ def test_only_a_dead_leader_is_followed_and_by_the_databases_clock(stores: Store
             await here.runs.claim("two", -1.0, 5)
             await restarted.runs.beat("two", "new:1")
             assert [claim.row.run for claim in await restarted.runs.claim("three", STALE, 5)] == ["run"]
+
+    asyncio.run(scenario())
+
+
+def test_a_claim_whose_answer_was_lost_is_made_again(stores: Stores) -> None:
+    async def scenario() -> None:
+        async with cleared(stores) as here:
+            await here.runs.beat("one", "x")
+            await submit(here, "run")
+            runs = FaultyRuns(here.runs, iter(["fails but persists"]))
+            with pytest.raises(Unavailable):
+                await runs.claim("one", STALE, 1)
+            assert await here.runs.claim("two", STALE, 1) == []
+            here.runs._held.clear()
+            (claim,) = await runs.claim("one", STALE, 1)
+            assert claim.row.epoch == 2
+            assert await runs.claim("one", STALE, 1) == []
 
     asyncio.run(scenario())
 
@@ -378,15 +396,15 @@ def test_a_database_that_is_away_is_unavailable(fresh: Callable[[str], str]) -> 
         nowhere = Stores("postgresql:///x?host=/nonexistent", "", "unix:///nonexistent/valkey.sock")
         async with world(nowhere) as here:
             for call in (
-                here.desk.runs(),
-                here.runs.beat("a", "b"),
-                here.runs.claim("a", 1, 1),
-                here.enrolments.sites(),
-                here.bus.put("x", b""),
-                here.bus.look(["x"]),
-                here.bus.allow("x", 1, 1),
+                here.desk.runs,
+                lambda: here.runs.beat("a", "b"),
+                lambda: here.runs.claim("a", 1, 1),
+                here.enrolments.sites,
+                lambda: here.bus.put("x", b""),
+                lambda: here.bus.look(["x"]),
+                lambda: here.bus.allow("x", 1, 1),
             ):
                 with pytest.raises(Unavailable):
-                    await call
+                    await call()
 
     asyncio.run(scenario())

@@ -238,7 +238,7 @@ def _key(path: Path) -> object:
         raise StudyError(f"{path} can be read by others, who could take the consortium's place: chmod 600 it, and look")
     try:
         return serialization.load_pem_private_key(data, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise StudyError(f"{path} is no private key in PEM: restore it") from None
 
 
@@ -247,7 +247,7 @@ def _certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(private_files.read(path, _MOST_PEM)[1])
     except OSError as error:
         raise StudyError(f"{path} cannot be read ({error.strerror}): restore it") from None
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise StudyError(f"{path} is no certificate in PEM: restore it") from None
 
 

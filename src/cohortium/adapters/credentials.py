@@ -96,7 +96,7 @@ def identity_of(folder: Path) -> Ed25519PrivateKey:
     path = folder / IDENTITY
     try:
         key = serialization.load_pem_private_key(_secret(path, _MOST_KEY), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise _unusable(path, "is no Ed25519 key: restore it; another one would be another site to all others")
@@ -124,7 +124,7 @@ def load_credential(folder: Path) -> Credential:
     try:
         x509.load_pem_x509_certificate(chain)
         serialization.load_pem_private_key(credential.key, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise _unusable(path, "is no key with its certificate: restore it, or enrol again") from None
     return credential
 
@@ -174,7 +174,7 @@ def load_enrolled(folder: Path) -> Enrolled:
         raise SiteError(str(error), public=_PUBLIC) from None
     except OSError as error:
         raise _unusable(folder / AUTHORITY, f"cannot be read ({error.strerror}): restore it") from None
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise _unusable(folder / AUTHORITY, "is no certificate: restore it") from None
     return Enrolled(
         site=told.site,

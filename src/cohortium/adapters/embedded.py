@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +68,7 @@ async def embedded(folder: Path) -> AsyncGenerator[Stores, None]:
 class _Server:
     path: Path
     start: Callable[[Places], None]
+    ready: Callable[[Places], Awaitable[bool]]
     places: Places
     log: str
 
@@ -75,13 +76,14 @@ class _Server:
         """Returns once the server answers, started anew where it does not."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _STARTING
-        while not await servers.answers(self.path):
+        while not await self.ready(self.places):
             if loop.time() > deadline:
                 raise CohortiumError(f"a private server does not start; {self.places.logs / self.log} says why")
-            await asyncio.to_thread(self.start, self.places)
+            if not await servers.answers(self.path):
+                await asyncio.to_thread(self.start, self.places)
             # it may refuse while its predecessor's processes are still leaving: then it is started once more
-            for _ in range(20):
-                if await servers.answers(self.path):
+            for _ in range(50):
+                if await self.ready(self.places):
                     return
                 await asyncio.sleep(_RETRY / 4)
 
@@ -89,22 +91,24 @@ class _Server:
 def _servers(places: Places) -> tuple[_Server, ...]:
     sockets = places.sockets
     return (
-        _Server(sockets / POSTGRES_SOCKET, servers.start_postgres, places, "postgres.log"),
-        _Server(sockets / VALKEY_SOCKET, servers.start_valkey, places, "valkey.log"),
+        _Server(sockets / POSTGRES_SOCKET, servers.start_postgres, servers.ready, places, "postgres.log"),
+        _Server(sockets / VALKEY_SOCKET, servers.start_valkey, servers.valkey_ready, places, "valkey.log"),
     )
 
 
 async def _supervise(places: Places, lock: "_Lock") -> None:
     await lock.alone()
-    await asyncio.gather(*(_keep_alive(server) for server in _servers(places)))
+    await asyncio.gather(*(_keep_alive(server, places.logs / "starting") for server in _servers(places)))
 
 
-async def _keep_alive(server: _Server) -> None:
+async def _keep_alive(server: _Server, turn: Path) -> None:
     while True:
         if await servers.gone(server.path, _WATCH):
             # a failure to start may pass: a full disk, too many processes
             with suppress(CohortiumError, OSError):
-                await server.ensure()
+                with _Lock(turn) as starting:
+                    await starting.alone(_RETRY / 4)
+                    await server.ensure()
             await asyncio.sleep(_RETRY / 4)
 
 
@@ -150,9 +154,9 @@ class _Lock:
         while not self._try(fcntl.LOCK_SH):
             await asyncio.sleep(_TURN / 4)
 
-    async def alone(self) -> None:
+    async def alone(self, pause: float = _TURN) -> None:
         while not self._try(fcntl.LOCK_EX):
-            await asyncio.sleep(_TURN)
+            await asyncio.sleep(pause)
 
     def try_alone(self) -> bool:
         return self._try(fcntl.LOCK_EX)

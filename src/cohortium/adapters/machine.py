@@ -1,9 +1,11 @@
 """What this machine is good at: its faster cipher mode and its threads."""
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from threading import Lock
 
@@ -13,6 +15,8 @@ from cohortium.secagg.stream import Means, Mode, Task, add_streams
 
 _PROBE = 1 << 20
 """Bytes of the measurement's vector: some milliseconds in all."""
+_MALLOPT = ((-1, 1 << 30), (-2, 16 << 20), (-3, 1 << 30))
+"""glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes."""
 _REPEATS = 4
 _CLEARLY = 0.9
 
@@ -56,6 +60,17 @@ def faster_mode(clock: Callable[[], float] = time.perf_counter) -> Mode:
     # in turn, so that a change of the processor's speed meets both
     counter, gcm = zip(*((seconds("ctr"), seconds("gcm")) for _ in range(_REPEATS)), strict=True)
     return "gcm" if min(gcm) < _CLEARLY * min(counter) else "ctr"
+
+
+def keep_memory() -> None:
+    """Has this process keep the memory that it frees, where the C library can: each round wants as much again.
+
+    Asking the system for fresh pages, and clearing them, takes longer than moving a model through them.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for parameter, value in _MALLOPT:
+            library.mallopt(parameter, value)
 
 
 def _on(pool: ThreadPoolExecutor) -> Callable[[Sequence[Task]], None]:

@@ -65,7 +65,8 @@ WITH live AS (
     WHERE ended IS NULL AND (status <> 'queued' OR leader IN (SELECT name FROM live)) GROUP BY owner
 ), wanting AS (
     SELECT run, owner, priority, submitted, status <> 'queued' AS begun FROM runs
-    WHERE ended IS NULL AND (leader IS NULL OR leader NOT IN (SELECT name FROM live))
+    WHERE ended IS NULL AND (leader IS NULL OR leader NOT IN (SELECT name FROM live)
+        OR leader = %(me)s AND run <> ALL(%(held)s::text[]))
 ), turns AS (
     SELECT run, begun, priority, submitted, coalesce(busy.runs, 0)
         + row_number() OVER (PARTITION BY owner, begun ORDER BY priority DESC, submitted, run) AS turn
@@ -73,7 +74,8 @@ WITH live AS (
 ), taken AS (
     SELECT runs.run, row_number() OVER () AS place FROM (
         SELECT runs.run FROM turns JOIN runs USING (run)
-        WHERE runs.ended IS NULL AND (runs.leader IS NULL OR runs.leader NOT IN (SELECT name FROM live))
+        WHERE runs.ended IS NULL AND (runs.leader IS NULL OR runs.leader NOT IN (SELECT name FROM live)
+            OR runs.leader = %(me)s AND runs.run <> ALL(%(held)s::text[]))
         ORDER BY begun DESC, runs.priority DESC, CASE WHEN begun THEN 0 ELSE turn END, runs.submitted, runs.run
         LIMIT %(most)s FOR NO KEY UPDATE OF runs SKIP LOCKED
     ) AS runs
@@ -164,6 +166,7 @@ class PostgresRuns:
         """Takes the database twice: `heart` is for beats alone, so that no load keeps them waiting."""
         self._database, self._heart = database, heart
         self._entered: set[str] = set()
+        self._held: dict[str, int] = {}
 
     async def beat(self, me: str, address: str) -> None:
         """Says that this coordinator lives."""
@@ -190,7 +193,8 @@ class PostgresRuns:
 
     async def claim(self, me: str, stale: float, most: int) -> list[Claim]:
         """Takes the lead of runs that want one. Two that claim at once may each count the owners as they were."""
-        facts = {"me": me, "stale": stale, "most": most}
+        # what an earlier call took, whose answer was lost, is led by nobody, and is taken again
+        facts = {"me": me, "stale": stale, "most": most, "held": list(self._held)}
 
         async def work(connection: Connection) -> list[Claim]:
             async with connection.transaction():
@@ -201,7 +205,9 @@ class PostgresRuns:
                 parts = await _read_parts(connection, [row[0] for row in rows])
             return [_claim(run_row(row), row[-2], row[-1], parts.get(row[0], {})) for row in rows]
 
-        return await self._database.do(work, _LARGE_SECONDS)
+        claims = await self._database.do(work, _LARGE_SECONDS)
+        self._held.update((claim.row.run, claim.row.epoch) for claim in claims)
+        return claims
 
     async def save(
         self,
@@ -257,6 +263,7 @@ class PostgresRuns:
         facts |= {"status": status, "reason": text(reason), "outcome": outcome}
         facts["latest"] = _digest("end", claim, status, reason, len(outcome or b""), applied, events)
         await self._write(claim, _END, facts)
+        self._let_go(claim)
 
     async def mark(self, claim: Claim, status: Status, events: Sequence[RunEvent] = ()) -> None:
         """Records that a run is running or paused.
@@ -270,6 +277,7 @@ class PostgresRuns:
 
     async def release(self, claim: Claim) -> None:
         """Gives a run back; nothing happens if another coordinator leads it."""
+        self._let_go(claim)
 
         async def work(connection: Connection) -> None:
             await connection.execute(_RELEASE, _guard(claim))
@@ -311,6 +319,10 @@ class PostgresRuns:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
 
+    def _let_go(self, claim: Claim) -> None:
+        if self._held.get(claim.row.run) == claim.row.epoch:
+            del self._held[claim.row.run]
+
     async def _write(self, claim: Claim, how: str | Work[bool], facts: dict[str, Any]) -> None:
         async def one(connection: Connection) -> bool:
             return await _counted(connection, str(how), facts)
@@ -325,6 +337,7 @@ class PostgresRuns:
                 f"round {facts['number']} of run '{claim.row.run}' was applied before; nothing was written"
             ) from None
         if not stands and not await self._database.do(again):
+            self._let_go(claim)
             raise Superseded(f"another coordinator leads run '{claim.row.run}' by now; nothing was written")
 
 

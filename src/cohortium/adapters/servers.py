@@ -27,6 +27,8 @@ ADMIN = "cohortium_admin"
 POSTGRES_SOCKET = ".s.PGSQL.5432"
 VALKEY_SOCKET = "valkey.sock"
 _HBA = "local all all peer map=cohortium\n"
+_NOBODY = 2**31 - 1
+"""No process has this number."""
 _SETTINGS = {
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
@@ -103,6 +105,19 @@ async def answers(path: Path) -> bool:
         return True
 
 
+async def ready(places: Places) -> bool:
+    """Returns whether PostgreSQL takes connections: it listens already while it recovers from a crash."""
+    with suppress(OSError, IndexError):
+        status = (places.data / "postmaster.pid").read_text().splitlines()[7]
+        return status.strip() == "ready" and await answers(places.sockets / POSTGRES_SOCKET)
+    return False
+
+
+async def valkey_ready(places: Places) -> bool:
+    """Returns whether Valkey takes connections."""
+    return await answers(places.sockets / VALKEY_SOCKET)
+
+
 async def gone(path: Path, seconds: float) -> bool:
     """Returns, as soon as it is so, that a server is gone, by a connection that its end closes; False after a while."""
     try:
@@ -156,8 +171,8 @@ def make_cluster(places: Places) -> None:
 
 
 def start_postgres(places: Places) -> None:
-    """Starts PostgreSQL, which outlives this process; whether it comes up is for `answers` to say."""
-    reap(postmaster(places))
+    """Starts PostgreSQL, which outlives this process; whether it comes up is for `ready` to say."""
+    _clear_remains(places)
     program = postgres_program("postgres", places.account)
     with _Descriptors(places.data, places.sockets) as folders:
         settings = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
@@ -201,11 +216,52 @@ def postmaster(places: Places) -> int | None:
     return None
 
 
-def reap(process: int | None) -> None:
-    """Lets go of a dead server whose parent we are, as the first process of a container is: it would look alive."""
-    if process is not None and process > 0:
-        with suppress(ChildProcessError):
-            os.waitpid(process, os.WNOHANG)
+def _clear_remains(places: Places) -> None:
+    """Makes way for PostgreSQL after its main process was killed, or the machine was.
+
+    A number that is a dead child's whom nobody has waited for, or another program's by now, would look to PostgreSQL
+    like itself; and a process of it that was in the middle of a recovery may wait for ever. What says whether others
+    still use its memory stays in the file, so that it goes on being checked.
+    """
+    process = postmaster(places)
+    if process is None or _is_postmaster(process, places.data):
+        return
+    for number in _processes():
+        if _works_in(number, places.data):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+    with suppress(OSError):
+        lines = (places.data / "postmaster.pid").read_text().splitlines(keepends=True)
+        _write(places.data / "postmaster.pid", "".join([f"{_NOBODY}\n", *lines[1:]]), places.account)
+    with suppress(FileNotFoundError):
+        (places.sockets / f"{POSTGRES_SOCKET}.lock").unlink()
+
+
+def _is_postmaster(process: int, data: Path) -> bool:
+    with suppress(ChildProcessError):
+        # its parent may be this process, where this is the first one of a container
+        os.waitpid(process, os.WNOHANG)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return _works_in(process, data) if Path("/proc/self").exists() else True
+
+
+def _processes() -> list[int]:
+    with suppress(OSError):
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return []
+
+
+def _works_in(process: int, data: Path) -> bool:
+    """Returns whether a living process works in a folder, as all of PostgreSQL's do; a dead one works nowhere."""
+    try:
+        return Path(f"/proc/{process}/cwd").readlink() == data.resolve()
+    except OSError:
+        return False
 
 
 def _start(command: Sequence[str], places: Places, log: str, folders: tuple[int, ...]) -> None:

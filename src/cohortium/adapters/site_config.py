@@ -176,9 +176,7 @@ def _sentence(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"lacks '{where}': add it"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return (
-        f"is wrong at '{where}': {message}" if where else "is no site.yaml: see cohortium site init"
-    )
+    return f"is wrong at '{where}': {message}" if where else "is no site.yaml: see cohortium site init"
 
 
 def _unusable(path: Path, reason: str) -> SiteError:

@@ -50,6 +50,7 @@ from cohortium.bootstrap.homes import (
     read_accounts,
     simulated_ledger,
 )
+from cohortium.bootstrap.loopback import begin_loopback
 from cohortium.bootstrap.pricing import (
     tradeoff,
     write_tradeoff,
@@ -65,6 +66,7 @@ __all__ = [
     "approve",
     "audit_canaries",
     "audit_privacy",
+    "begin_loopback",
     "card",
     "compare",
     "confirm_peer",

@@ -1,6 +1,7 @@
 """The fleet's processes put together: a coordinator, an agent, and a person's connection to the consortium."""
 
 import asyncio
+import logging
 import os
 import secrets  # noqa: TID251  chosen here
 import signal
@@ -36,6 +37,7 @@ from cohortium.core.random import Randomness
 from cohortium.engines.fleet import client
 from cohortium.engines.fleet.attendant import Attendant
 from cohortium.engines.fleet.control import ConsortiumService, News
+from cohortium.engines.fleet.enrolment import OPTIONS as ENTRANCE
 from cohortium.engines.fleet.enrolment import EnrolmentService, MembershipService, server_credentials
 from cohortium.engines.fleet.gateway import OPTIONS, Gateway
 from cohortium.engines.fleet.link import Link
@@ -44,6 +46,7 @@ from cohortium.plan import Compiler, compile_study
 from cohortium.site.agent import Agent
 from cohortium.site.session import Membership
 
+log = logging.getLogger("cohortium.agent")
 _SOFTWARE = f"cohortium {version('cohortium')}"
 _RATES: Mapping[str, tuple[float, int]] = {"submit": (5.0, 500), "steer": (10.0, 100), "read": (200.0, 1000)}
 """What a person may ask for: calls a second, and at once."""
@@ -71,9 +74,10 @@ def run_coordinator(
         CohortiumError: a database or an address cannot be had.
     """
     consortium = enrolment.load_consortium(folder)
+    machine.keep_memory()
     logs.begin(*log)
     host, fleet_port, enrolment_port = consortium.listen
-    places = Places(listen or f"{host}:{fleet_port}", enrol or f"{host}:{enrolment_port}", health)
+    places = Places(listen or f"{host}:{fleet_port}", enrol or f"{host}:{enrolment_port}", health or consortium.health)
     asyncio.run(_coordinate(consortium, places, compiler))
 
 
@@ -86,6 +90,7 @@ def run_agent(home: str | Path, *, compiler: Compiler = compile_study) -> None:
     """
     config = site_config.read(Path(home))
     limits.impose(config.limits)
+    machine.keep_memory()
     logs.begin(config.level, config.format)
     asyncio.run(_serve(Path(home), config, compiler))
 
@@ -102,10 +107,12 @@ def connect(folder: str | Path, addresses: Sequence[str] = ()) -> client.Consort
     """
     path, consortium = Path(folder), enrolment.load_consortium(folder)
     try:
-        _, key = private_files.read(path / f"{OPERATOR}.key", 4096)
+        mode, key = private_files.read(path / f"{OPERATOR}.key", 4096)
         _, certificate = private_files.read(path / f"{OPERATOR}.pem", 1 << 15)
     except OSError as error:
         raise StudyError(f"{path} holds no {OPERATOR} certificate that can be read ({error.strerror})") from None
+    if private_files.is_open(mode, 0o077):
+        raise StudyError(f"{path / OPERATOR}.key can be read by others: chmod 600 it, and look who did")
     who = client.Credentials(consortium.authority_pem, certificate, key)
     return client.Consortium(addresses or consortium.addresses, who, _run_name, time.sleep)
 
@@ -206,7 +213,7 @@ async def _listening(
     fleet.add_generic_rpc_handlers((gateway.handler(),))
     pb_grpc.add_ConsortiumServicer_to_server(control, fleet)
     pb_grpc.add_MembershipServicer_to_server(membership, fleet)
-    entrance = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 18), ("grpc.so_reuseport", 0)])
+    entrance = grpc.aio.server(options=[*ENTRANCE, ("grpc.so_reuseport", 0)])
     pb_grpc.add_EnrolmentServicer_to_server(EnrolmentService(registrar), entrance)
     for server, place, mutual in ((fleet, places.fleet, True), (entrance, places.enrolment, False)):
         try:
@@ -272,7 +279,11 @@ async def _serve(home: Path, config: site_config.SiteConfig, compiler: Compiler)
 
         async def prepare(data: bytes) -> None:
             if not _sites_of(data) <= pinned.keys():
-                await enrolment.meet_peers(home)
+                met = await enrolment.meet_peers(home)
+                for name in met.changed:
+                    log.error(
+                        "a site's identity changed; its old one stays until a person confirms", extra={"site": name}
+                    )
                 pinned.update(enrolment.pinned_identities(home))
 
         # one piece of work at a time: the agent's state is one

@@ -3,6 +3,7 @@
 For the demo, the benches and the trials of faults. Everything lies in one folder, everything listens on loopback.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -21,12 +22,13 @@ from typing import Any
 from cohortium.bootstrap.enrolment import create_consortium, enrol_site, invite_site
 from cohortium.bootstrap.fleet import connect
 from cohortium.bootstrap.homes import approve
-from cohortium.core.errors import RunFailed
+from cohortium.core.errors import RunFailed, StudyError
 from cohortium.core.study import Study
 from cohortium.engines.fleet.client import Consortium
 
 _LOOK = 0.02
 _HOST = "127.0.0.1"
+Progress = Callable[[int, int, str], None]
 COMMAND = (sys.executable, "-m", "cohortium")
 
 
@@ -50,14 +52,13 @@ class Daemon:
 
     def start(self) -> None:
         """Starts it, in a session of its own."""
-        environment = os.environ | dict(self.environment)
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(  # noqa: S603  the command is this package's own
                 self.arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env=environment,
+                env=os.environ | dict(self.environment),
                 start_new_session=True,
             )
 
@@ -131,7 +132,6 @@ class Loopback:
     agents: dict[str, Daemon]
     addresses: tuple[str, ...]
     program: tuple[str, ...] = COMMAND
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def begin(
@@ -140,7 +140,7 @@ class Loopback:
         dataset: str,
         coordinators: int = 1,
         program: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+        progress: Progress = lambda done, total, what: None,
     ) -> "Loopback":
         """Makes a consortium and starts it: keys and certificates, coordinators, and one enrolled agent a site.
 
@@ -149,7 +149,7 @@ class Loopback:
             sites: each site's data file.
             dataset: what studies call these data.
             program: a script that stands in for the `cohortium` command.
-            environment: what is set for all processes beside this one's.
+            progress: is told how much is done, of how much, and what is next.
 
         Raises:
             CohortiumError: something could not be made or started; the message names the log.
@@ -159,13 +159,17 @@ class Loopback:
         home = folder / "consortium"
         create_consortium(home, "loopback", addresses, (f"{_HOST}:{ports[coordinators]}",))
         command = COMMAND if program is None else (sys.executable, str(program))
-        consortium = Loopback(folder, {}, {}, addresses, command, dict(environment or {}))
+        consortium = Loopback(folder, {}, {}, addresses, command)
         for index, address in enumerate(addresses):
             consortium._coordinate(f"coordinator-{index + 1}", address, *ports[coordinators + 2 * index :][:2])
         try:
+            total = len(sites) + 2
+            progress(0, total, "coordinators and their stores")
             consortium._started(consortium.coordinators)
-            for name, data in sites.items():
+            for done, (name, data) in enumerate(sites.items(), 1):
+                progress(done, total, f"{name} enrols")
                 consortium._enrolled(name, data, dataset)
+            progress(total - 1, total, "agents")
             consortium._started(consortium.agents)
         except BaseException:
             consortium.close()
@@ -221,7 +225,7 @@ class Loopback:
         health = f"{_HOST}:{health_port}"
         arguments = (*self.program, "coordinator", "run", str(self.home), "--listen", address)
         arguments += ("--enrol", f"{_HOST}:{enrol_port}", "--health", health)
-        self.coordinators[name] = Daemon(name, arguments, self.folder / f"{name}.log", health, self.environment)
+        self.coordinators[name] = Daemon(name, arguments, self.folder / f"{name}.log", health)
 
     def _enrolled(self, name: str, data: Path, dataset: str) -> None:
         home = self.site_home(name)
@@ -233,7 +237,7 @@ class Loopback:
         path.chmod(0o600)
         (home / "policy.yaml").write_text("privacy: {}\n")
         arguments = (*self.program, "site", "run", str(home))
-        self.agents[name] = Daemon(name, arguments, self.folder / f"{name}.log", health, self.environment)
+        self.agents[name] = Daemon(name, arguments, self.folder / f"{name}.log", health)
 
     def _started(self, daemons: Mapping[str, Daemon]) -> None:
         for daemon in daemons.values():
@@ -242,6 +246,17 @@ class Loopback:
             self.wait(lambda daemon=daemon: daemon.ready() or not daemon.running, 60.0, daemon.name)  # type: ignore[misc]
             if not daemon.running:
                 raise RunFailed(f"{daemon.name} ended at once: {daemon.last_words()}")
+
+
+def begin_loopback(folder: Path, sites: Mapping[str, Path], dataset: str, progress: Progress) -> Loopback:
+    """Returns a running consortium of one coordinator and an agent for each site; see `Loopback.begin`.
+
+    Raises:
+        StudyError: what a coordinator needs is not installed.
+    """
+    if importlib.util.find_spec("psycopg") is None or importlib.util.find_spec("redis") is None:
+        raise StudyError("a coordinator needs more packages: pip install 'cohortium[coordinator]'")
+    return Loopback.begin(folder, sites, dataset, progress=progress)
 
 
 def free_ports(count: int) -> list[int]:

@@ -13,6 +13,7 @@ from cohortium.cli.arguments import StudyFile
 from cohortium.cli.output import Bar, Json, Output, Quiet
 from cohortium.cli.results import show_outcome
 from cohortium.coordinator.ports import RunEvent, RunRow, Terms
+from cohortium.coordinator.result import Result
 from cohortium.coordinator.result import as_json as result_json
 from cohortium.core.errors import RunFailed
 
@@ -159,9 +160,14 @@ def status(consortium: Folder, as_json: Json = False, quiet: Quiet = False) -> N
     )
 
 
-def _fetched(handle: "RunHandle", out: Path | None, output: Output) -> None:
+def fetched(handle: "RunHandle", output: Output) -> Result:
+    """Shows a run's progress until it ends, and returns its result."""
     _watched(handle, output)
-    outcome = handle.result()
+    return handle.result()
+
+
+def _fetched(handle: "RunHandle", out: Path | None, output: Output) -> None:
+    outcome = fetched(handle, output)
     written = bootstrap.write_result(outcome, out or Path(f"{handle.name}-result"))
     show_outcome(output, outcome)
     output.say(f"Wrote {', '.join(map(str, written))}")

@@ -181,7 +181,7 @@ def verify_client(certificate: bytes, authority: x509.Certificate, now: datetime
     try:
         verifier = PolicyBuilder().store(Store([authority])).time(now).build_client_verifier()
         verifier.verify(x509.load_pem_x509_certificate(certificate), [])
-    except (VerificationError, ValueError) as error:
+    except (VerificationError, ValueError, x509.InvalidVersion) as error:
         raise ProtocolError(
             "a certificate was refused: the consortium's authority does not vouch for it now; look whether this "
             "machine's clock is right"

@@ -7,7 +7,6 @@ identity's fingerprint is compared by telephone. Afterwards it gives nothing.
 """
 
 import base64
-import binascii
 import hashlib
 import ipaddress
 import re
@@ -102,7 +101,7 @@ def parse(token: str) -> Invitation:
         if base64.urlsafe_b64encode(codec.encode(invitation)).decode().rstrip("=") != body:
             raise ValueError
         x509.load_der_x509_certificate(invitation.authority)
-    except (ProtocolError, ValueError, binascii.Error):
+    except (ProtocolError, ValueError, x509.InvalidVersion):
         raise InvitationError(f"the invitation is damaged: {_AGAIN}") from None
     try:
         names("site", [invitation.site])

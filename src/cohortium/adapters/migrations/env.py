@@ -6,7 +6,7 @@ from alembic import context
 
 
 def _taken(*, step: Any, **_: Any) -> None:
-    context.config.attributes["taken"].append(step.up_revision_id if step.is_upgrade else step.down_revision_ids[0])
+    context.config.attributes["taken"].append(step.up_revision_id)
 
 
 context.configure(
