@@ -19,6 +19,7 @@ from threading import RLock
 from cohortium.adapters import journal_file
 from cohortium.adapters.journal_file import JOURNAL, Spool, speaking, unusable, writing
 from cohortium.core.errors import ProtocolError, RoundRefused
+from cohortium.core.messages import Noted, kind_of
 from cohortium.core.signature import framed
 from cohortium.site.ports import Frozen, KeptRun, Request
 
@@ -34,6 +35,10 @@ class SqliteJournal:
     def __init__(self, connection: sqlite3.Connection, folder: Path, spool: Spool, lock: int) -> None:
         self._connection, self._where, self._spool, self._held = connection, folder / JOURNAL, spool, lock
         self._lock = RLock()
+        # nobody else writes to these tables, so what is in them need not be looked for each time
+        self._known = {run for (run,) in connection.execute("SELECT run FROM runs")}
+        self._intending = {run for (run,) in connection.execute("SELECT run FROM intents")}
+        self._spooled = {run for (run,) in connection.execute("SELECT run FROM parts WHERE file IS NOT NULL")}
 
     def __enter__(self) -> "SqliteJournal":
         return self
@@ -84,6 +89,7 @@ class SqliteJournal:
             row = self._connection.execute("SELECT digest FROM intents WHERE run = ? AND round = ?", key).fetchone()
             if row is None:
                 self._connection.execute("INSERT INTO intents VALUES (?, ?, ?)", (*key, digest))
+                self._intending.add(request.run)
                 return False
         if not hmac.compare_digest(row[0], digest):
             raise ProtocolError(f"round {request.round} was refused: it was asked for before, with another broadcast")
@@ -99,21 +105,25 @@ class SqliteJournal:
                 kept = {_CORE: after.core, **after.parts}
                 parts = {name: self._spool.take_in(data) for name, data in kept.items()}
             with writing(self._connection):
-                self._connection.execute(
-                    "INSERT INTO runs (run, study, open) VALUES (?, ?, 1) ON CONFLICT (run) DO NOTHING", (run, study)
-                )
+                if run not in self._known:
+                    self._connection.execute(
+                        "INSERT INTO runs (run, study, open) VALUES (?, ?, 1) ON CONFLICT (run) DO NOTHING",
+                        (run, study),
+                    )
                 old = self._ended(run, answers) if after is None else self._dropped(request, parts)
                 self._connection.executemany(
-                    "INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)",
                     [(run, name, *value) for name, value in parts.items()],
                 )
                 if after is not None:
                     # that nothing was said is an answer, too
-                    rows = [(-1, b"", None, 0, 0), *((place, *value) for place, value in enumerate(said))]
+                    rows = [(place, *value) for place, value in enumerate(said)] or [(-1, b"", None, 0, 0)]
                     self._connection.executemany(
                         "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                         [(run, request.kind, request.round, *row) for row in rows],
                     )
+            self._known.add(run)
+            self._spooled |= {run for value in (*said, *parts.values()) if value[1] is not None}
             self._spool.clear(iter(old))
             if after is None:
                 # what is overwritten in the file must not stay in its log
@@ -122,15 +132,20 @@ class SqliteJournal:
     def _dropped(self, request: Request, parts: Mapping[str, object]) -> list[str | None]:
         """Deletes what is replaced or no longer needed; returns the files that no row names then."""
         run, oldest = request.run, request.round - _ROUNDS + 1
-        self._connection.execute("DELETE FROM intents WHERE run = ? AND round <= ?", (run, request.round))
+        if run in self._intending:
+            self._connection.execute("DELETE FROM intents WHERE run = ? AND round <= ?", (run, request.round))
         rows = self._connection.execute(
             "DELETE FROM answers WHERE run = ? AND ((round > 0 AND round < ?) OR (kind = ? AND round = ?)) "
-            "RETURNING file",
+            "RETURNING file, kind, round, data",
             (run, oldest, request.kind, request.round),
         ).fetchall()
-        for name in parts:
+        # whoever only noted a round may still contribute to it; nothing else is ever answered twice
+        if any(row[1:3] == (request.kind, request.round) and not _noted(row[3]) for row in rows):
+            raise unusable(self._where, f"has an answer for round {request.round} already, and gives no other one")
+        rows = [row[:1] for row in rows]
+        for name in parts if run in self._spooled else ():
             rows += self._connection.execute(
-                "DELETE FROM parts WHERE run = ? AND name = ? RETURNING file", (run, name)
+                "SELECT file FROM parts WHERE run = ? AND name = ?", (run, name)
             ).fetchall()
         return [file for (file,) in rows]
 
@@ -254,6 +269,10 @@ def _claim(connection: sqlite3.Connection, folder: Path, owner: bytes) -> None:
             raise unusable(
                 folder / JOURNAL, "is the journal of another site or identity: restore this site's own, or delete it"
             )
+
+
+def _noted(answer: bytes | None) -> bool:
+    return bool(answer) and kind_of(answer or b"") == Noted.__name__
 
 
 def _files(connection: sqlite3.Connection) -> Iterator[str]:

@@ -81,8 +81,11 @@ def opened(folder: Path) -> sqlite3.Connection:
     if is_open(folder.stat().st_mode, 0o022):
         raise unusable(folder, "can be written by others, who could put another journal there: chmod 700 it, and look")
     with speaking(path):
-        # made here, so that it is private from the first moment on
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        # made here, so that it is private from the first moment on. A file that is there must not be opened and closed
+        # beside SQLite: that lets go of the locks that this process's other connections hold on it (POSIX), and whoever
+        # closes it elsewhere then takes its log away from under them
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         if is_open(path.stat().st_mode, 0o077):
             raise unusable(path, "can be read by others, and holds secrets of the runs that are open: chmod 600 it")
         address = f"file:{quote(str(path.absolute()))}?mode=rw"
