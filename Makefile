@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine bench-secagg bench-privacy bench-fleet format clean
+.PHONY: help setup demo test test-all lint type arch docs bench bench-flamby bench-engine bench-secagg bench-privacy bench-fleet chaos format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -90,6 +90,9 @@ $(NVFLARE)/.done:
 bench-fleet: $(VENV)/.test $(FLOWER)/.done $(NVFLARE)/.done ## rounds over mutual TLS between processes, beside NVFLARE's and Flower's
 	$(BIN)/python benchmarks/bench_fleet.py --flower-python $(FLOWER)/bin/python --nvflare-python $(NVFLARE)/bin/python
 	$(BIN)/python tools/readme_figures.py
+
+chaos: $(VENV)/.test ## 230 seeded faults over real processes, and whether any result is wrong or lost
+	$(BIN)/python benchmarks/chaos.py
 
 format: $(VENV)/.test ## let ruff rewrite the layout
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ PRIVATE = {
     "network": "network of 32, noise shares",
     "network_local": "network of 32, each hospital adds all of the noise",
 }
+FLEET = {
+    "round_15x1k_ms": ("a round of 15 sites with 1,000 values each", "{:.1f} ms"),
+    "round_5x10M_s": ("a round of 5 sites with 10M values each", "{:.2f} s"),
+    "overhead_s": ("a run, beside its rounds", "{:.2f} s"),
+    "models_per_hour": ("small models an hour", "{:,.0f}"),
+    "coordinator_mb": ("memory of the coordinator", "{:,.0f} MB"),
+    "agent_mb": ("memory of a site's agent", "{:,.0f} MB"),
+}
 
 
 def figures() -> str:
@@ -45,6 +54,7 @@ A protected round with 15 sites and 100 numbers a site takes {engine["round_15x1
 own arithmetic: messages, quantising, masks and the sum, all sites in one process ({engine["machine"]}).
 
 {secure_sum(secagg)}
+{fleet()}\
 Federated averaging reproduces FLamby's published results on its Fed-Heart-Disease data (mean accuracy over four
 hospitals' test patients, five seeds; {flamby["machine"]["processor"]}). After so few steps initial weights still
 show: these are those of FLamby's own seeds, and other seeds move a row by up to .06.
@@ -54,6 +64,58 @@ show: these are those of FLamby's own seeds, and other seeds move a row by up to
 {rows}
 
 {privacy()}"""
+
+
+def fleet() -> str:
+    """Returns the fleet's figures beside its peers', and what it withstood; nothing as long as none was measured."""
+    parts = {"fleet": paces, "chaos": faults}
+    return "".join(f"{text(result(name))}\n" for name, text in parts.items() if (RESULTS / f"{name}.json").exists())
+
+
+def paces(measured: Any) -> str:
+    """Returns the table of the fleet's rounds and runs beside its peers."""
+    flower, nvflare = measured.get("flower", {}), measured.get("nvflare", {})
+    peers = [one for one in (flower, nvflare.get("defaults", {}), nvflare.get("collab", {})) if "peer" in one]
+    rows = [["", "Cohortium", *(_named(one, nvflare) for one in peers)]]
+    rows.append(["protection", "mutual TLS, secure sums", *(one.get("protection", "") for one in peers)])
+    for key, (what, style) in FLEET.items():
+        cells = [style.format(one[key]) if one.get(key) is not None else "–" for one in (measured, *peers)]
+        rows.append([what, *cells])
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+    machine, strict = measured["machine"], measured.get("round_15x1k_strict_ms")
+    notes = [] if strict is None else [f"Where no site may be lost, a round of 15 sites takes {strict:.1f} ms."]
+    notes += ["A dash: not reached within the bench's limits."] if "–" in table else []
+    return f"""\
+The fleet on one machine, each site and the coordinator a process of its own ({machine["processor"]},
+{machine["cores"]} cores for all). Statistics are ready-made, so what is measured is the fleet's own work. One site
+may be lost in a round.
+
+{table}
+
+{" ".join(notes)}
+"""
+
+
+def faults(measured: Any) -> str:
+    """Returns what the fleet withstood."""
+    machine, runs = measured["machine"], measured["runs"]
+    failed = f"{runs['failed']} failed with a reason" if runs.get("failed") else "none failed"
+    text = (
+        f"Under {measured['faults']} faults in {measured['seconds'] / 60:.0f} minutes (processes killed and frozen, "
+        "links cut and slowed, disks slow and full, clocks that jump) "
+        f"{runs.get('finished', 0)} runs finished and {failed}. Of {measured['compared']} results that were compared "
+        f"with undisturbed runs over the same survivors, {measured['wrong'] or 'none'} differed; "
+        f"{measured['lost'] or 'no'} contributions or runs were lost. Another coordinator went on after "
+        f"{measured['takeover_p95_s']:.1f} s (95th percentile), and {100 * measured['availability']:.1f} % of requests "
+        f"were answered meanwhile ({machine['processor']}, {machine['cores']} cores)."
+    )
+    return f"{textwrap.fill(text, 120)}\n"
+
+
+def _named(peer: Any, nvflare: Any) -> str:
+    way = ", collab" if peer is nvflare.get("collab") else ""
+    return f"{peer['peer']}{way}"
 
 
 def privacy() -> str:

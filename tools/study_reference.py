@@ -29,7 +29,8 @@ levels does: the first level is the reference, and a binary target's second one 
 
 Some keys are recorded, hashed and shown, and this version acts on them no further: `version`, `purpose` and
 `cohort.dataset` (a site is given its data file by name). `sites.minimum` only asks that the study names as many sites:
-how many a round needs follows from `aggregation.dropouts`. Without `privacy.epsilon`, `privacy.unit` says by whom a
+how many a round needs follows from `aggregation.dropouts`, and
+from `sites.per_round`. Without `privacy.epsilon`, `privacy.unit` says by whom a
 `training.clip` counts, and changes nothing else.
 
 What goes with `privacy.epsilon`, and what is refused beside it, is on the [researcher's page](researcher.md).
@@ -126,6 +127,9 @@ def options(node: Node) -> dict[str, str]:
     inner: Node = node.get("additionalProperties") or next(iter(node.get("anyOf", [])), {})
     if "discriminator" in inner:
         node = inner
+    elif "anyOf" in node and "$ref" in inner:
+        # a section that may be left out
+        return {"": name_of(inner["$ref"])}
     if "discriminator" not in node:
         return {}
     key = node["discriminator"]["propertyName"]

@@ -2,6 +2,7 @@
 
 from cohortium.bootstrap import (
     compare,
+    connect,
     example_sites,
     load_example,
     load_model,
@@ -11,6 +12,7 @@ from cohortium.bootstrap import (
     write_report,
     write_result,
 )
+from cohortium.coordinator.ports import Terms
 from cohortium.coordinator.result import Result
 from cohortium.core.document import json_schema, study_id
 from cohortium.core.errors import CohortiumError
@@ -18,11 +20,12 @@ from cohortium.core.features import BinaryTarget, Category, CountTarget, Number,
 from cohortium.core.models import Descriptive, Network, Penalty, Regression
 from cohortium.core.protection import Aggregation, Privacy
 from cohortium.core.study import Cohort, Purpose, Sites, Study
-from cohortium.core.training import Averaging, Descent, Local, Newton, OneShot, Preprocessing, Server
+from cohortium.core.training import Asynchronous, Averaging, Descent, Local, Newton, OneShot, Preprocessing, Server
 from cohortium.learning.model import GlobalModel
 
 __all__ = [
     "Aggregation",
+    "Asynchronous",
     "Averaging",
     "BinaryTarget",
     "Category",
@@ -47,7 +50,9 @@ __all__ = [
     "Server",
     "Sites",
     "Study",
+    "Terms",
     "compare",
+    "connect",
     "example_sites",
     "json_schema",
     "load_example",

@@ -101,12 +101,14 @@ def test_examples_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch
 
 def modules() -> set[str]:
     found = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
-    return {".".join(part for part in path.parts if part != "__init__") for path in found} - {""}
+    names = {".".join(part for part in path.parts if part != "__init__") for path in found} - {""}
+    # what is generated, and steps of the schema that stay as they are
+    return {name for name in names if "_pb2" not in name and ".versions." not in name}
 
 
 def test_architecture_names_every_module_and_no_other() -> None:
     table = re.findall(
-        r"^\| `(\w+)` \| ([`\w ]*)\|", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE
+        r"^\| `([\w.]+)` \| ([`\w ]*)\|", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     listed = {room for room, _ in table}
     listed |= {f"{room}.{name}" for room, names in table for name in re.findall(r"\w+", names)}

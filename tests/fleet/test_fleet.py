@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import cohortium as co
 from cohortium.adapters import credentials
-from cohortium.bootstrap import load_consortium
+from cohortium.bootstrap import connect, grant, load_consortium
 from cohortium.bootstrap.enrolment import revoke_site
 from cohortium.bootstrap.loopback import Loopback
 from cohortium.coordinator.ports import Terms
@@ -211,6 +211,19 @@ def test_people_are_who_their_certificates_say(fleet: Loopback, consortium: Cons
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_a_researcher_connects_with_the_folder_that_was_granted(fleet: Loopback, tmp_path: Path) -> None:
+    folder = tmp_path / "ada"
+    grant(load_consortium(fleet.home), "researcher", "ada", folder)
+    study = replace(STUDY, name="ada")
+    fleet.approve(study)
+    with connect(folder) as mine:
+        assert mine.submit(study).result().model.coef_.shape == (13,)
+        assert [one.owner for one in mine.runs()] == ["researcher:ada"]
+    (folder / "certificate.key").chmod(0o644)
+    with pytest.raises(StudyError, match="can be read by others"):
+        connect(folder)
+
+
 def test_studies_and_seeds_that_cannot_be_are_refused_at_once(fleet: Loopback, consortium: Consortium) -> None:
     stranger = replace(STUDY, sites=replace(STUDY.sites, include=("budapest", "cleveland", "oslo", "zurich")))
     with pytest.raises(StudyError, match="oslo, not enrolled"):
@@ -218,6 +231,9 @@ def test_studies_and_seeds_that_cannot_be_are_refused_at_once(fleet: Loopback, c
     private = replace(STUDY, training=co.Descent(clip=1.0), privacy=co.Privacy(unit="patient", epsilon=1.0, delta=1e-5))
     with pytest.raises(StudyError, match="a seed was refused"):
         consortium.submit(private, seed=1)
+    single = replace(STUDY, aggregation=Aggregation(protocol="ckks-single-key"))
+    with pytest.raises(StudyError, match="needs one secret key at all hospitals"):
+        consortium.submit(single)
     with pytest.raises(StudyError, match="deadline"):
         consortium.submit(STUDY, terms=Terms(deadline=float("nan")))
 

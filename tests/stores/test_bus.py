@@ -1,10 +1,14 @@
 """The bus over Valkey: in order, short-lived, and never an error where the server comes back."""
 
 import asyncio
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 from cohortium.adapters import bus, servers
 from cohortium.adapters.bus import RedisBus
@@ -124,5 +128,31 @@ def test_a_reader_goes_on_after_a_kill_of_the_server(stores: Stores, short_folde
             assert await servers.answers(socket)
             assert not task.done()
             await ended(task)
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_hangs_holds_nobody_for_long(stores: Stores, fresh: Fresh) -> None:
+    async def scenario() -> None:
+        async with bus.connected(stores.redis_url) as messages:
+            key = fresh("key")
+            await messages.keep(key, b"1", 60)
+            process = int((await messages._redis.info("server"))["process_id"])
+            os.kill(process, signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(10):
+                    with pytest.raises(Unavailable):
+                        await messages.look([key])
+            finally:
+                os.kill(process, signal.SIGCONT)
+
+            async def back() -> bool:
+                with suppress(Unavailable):
+                    # each answer is that of its own question
+                    found = await asyncio.gather(*(messages.look([key, str(place)]) for place in range(10)))
+                    return found == [{key: b"1"}] * 10
+                return False
+
+            await until(back)
 
     asyncio.run(scenario())

@@ -11,8 +11,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from cohortium.adapters import embedded as module
 from cohortium.adapters import servers
 from cohortium.adapters.embedded import embedded
+from cohortium.core.errors import CohortiumError
 
 from .world import until
 
@@ -107,5 +109,79 @@ def test_nobody_else_may_enter_and_paths_may_be_long(short_folder: Path) -> None
             assert await _selects(url)
         assert not await servers.answers(sockets / servers.POSTGRES_SOCKET)
         sockets.rmdir() if not any(sockets.iterdir()) else None
+
+    asyncio.run(scenario())
+
+
+FORKS = """
+import ctypes, subprocess, sys
+from cohortium.adapters import servers
+libc, heard = ctypes.CDLL(None), []
+handler = ctypes.CFUNCTYPE(None)(lambda: heard.append(1))
+libc.__register_atfork(handler, None, None, None)
+who = servers.Account(65534, 65534, switch=True)
+done = subprocess.run([*servers._as(who), "/usr/bin/id", "-u"], capture_output=True, check=True, umask=0o077)
+print(len(heard), done.stdout.decode().strip())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="only root becomes another user")
+def test_servers_are_started_without_a_fork_that_libraries_hear_of() -> None:
+    """gRPC's handlers of forks crash the child now and then."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "65534"]
+
+
+def test_a_folder_that_somebody_else_put_there_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """The sockets' folder may stand in /tmp, where anybody can make one of that name."""
+    target, who = tmp_path / "target", servers.Account(os.geteuid(), os.getegid(), switch=False)
+    target.mkdir()
+    target.chmod(0o755)
+    (tmp_path / "link").symlink_to(target)
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        with pytest.raises(CohortiumError, match="somebody else's"):
+            servers.private_folder(tmp_path / name, who)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+    servers.private_folder(target, who)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o700
+    with pytest.raises(OSError):
+        (tmp_path / "victim").write_text("kept")
+        (tmp_path / "postmaster.pid").symlink_to(tmp_path / "victim")
+        servers._write(tmp_path / "postmaster.pid", "1", who)
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make somebody else's folder")
+def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", 12345, 12345)
+    for who in (servers.Account(0, 0, switch=False), servers.Account(65534, 65534, switch=True)):
+        with pytest.raises(CohortiumError, match="somebody else's"):
+            servers.private_folder(tmp_path / "theirs", who)
+    assert (tmp_path / "theirs").stat().st_uid == 12345
+
+
+def test_a_start_that_crashed_is_tried_again(tmp_path: Path) -> None:
+    tried: list[int] = []
+
+    def start(_: servers.Places) -> None:
+        tried.append(1)
+        raise subprocess.CalledProcessError(-6, "sh")
+
+    async def ready(_: servers.Places) -> bool:
+        return False
+
+    async def scenario() -> None:
+        server = module._Server(tmp_path / "none.sock", start, ready, places(tmp_path), "none.log")
+        watching = asyncio.ensure_future(module._keep_alive(server, tmp_path / "turn"))
+
+        async def twice() -> bool:
+            return len(tried) >= 2
+
+        await until(twice)
+        assert not watching.done()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
     asyncio.run(scenario())

@@ -149,6 +149,23 @@ def test_queued_runs_come_in_fair_order(stores: Stores) -> None:
     asyncio.run(scenario())
 
 
+def test_a_leader_that_died_before_the_clock_was_set_back_is_followed(stores: Stores) -> None:
+    async def scenario() -> None:
+        async with cleared(stores) as here:
+            await led(here, "run")
+            with psycopg.connect(stores.owner_url) as owner:
+                owner.execute("UPDATE cohortium.coordinators SET seen = seen + interval '1 day'")
+
+            async def taken() -> list[Claim]:
+                return await here.runs.claim("two", 0.5, 5)
+
+            (after,) = await until(taken)
+            assert (after.row.epoch, after.row.leader) == (2, "two")
+            assert "one" not in await here.runs.peers(STALE)
+
+    asyncio.run(scenario())
+
+
 def test_only_a_dead_leader_is_followed_and_by_the_databases_clock(stores: Stores) -> None:
     async def scenario() -> None:
         async with cleared(stores) as here, world(stores) as restarted:

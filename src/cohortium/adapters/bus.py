@@ -23,6 +23,8 @@ _MOST = 4096
 """Messages in a box at most; older ones go first."""
 _BLOCK_SECONDS = 5.0
 _SECONDS = 15.0
+_AT_MOST = 3.0
+"""Seconds of a short call, whatever a server that hangs does to the connection: leaders wait for these."""
 _AT_ONCE = 16
 _FIELD = b"d"
 _OUTAGES = (RedisError, OSError, TimeoutError)
@@ -68,7 +70,7 @@ class RedisBus:
     async def put(self, box: str, data: bytes) -> None:
         """Puts a message into a box. After `Unavailable` it may be there, and then it may come twice."""
         key = _PREFIX + "box:" + box
-        async with _speaking():
+        async with _speaking(_SECONDS):
             pipeline = self._redis.pipeline(transaction=True)
             pipeline.xadd(key, {_FIELD: data}, maxlen=_MOST, approximate=True)
             pipeline.expire(key, _BOX_SECONDS, nx=True)
@@ -156,9 +158,10 @@ async def connected(url: str) -> AsyncGenerator[RedisBus, None]:
 
 
 @asynccontextmanager
-async def _speaking() -> AsyncGenerator[None, None]:
+async def _speaking(seconds: float = _AT_MOST) -> AsyncGenerator[None, None]:
     try:
-        yield
+        async with asyncio.timeout(seconds):
+            yield
     except _OUTAGES as error:
         raise Unavailable(f"the bus cannot be reached: {sentence(error)}") from None
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import SubprocessError
 from urllib.parse import quote
 
 from cohortium.adapters import servers
@@ -105,7 +106,7 @@ async def _keep_alive(server: _Server, turn: Path) -> None:
     while True:
         if await servers.gone(server.path, _WATCH):
             # a failure to start may pass: a full disk, too many processes
-            with suppress(CohortiumError, OSError):
+            with suppress(CohortiumError, OSError, SubprocessError):
                 with _Lock(turn) as starting:
                     await starting.alone(_RETRY / 4)
                     await server.ensure()
@@ -132,9 +133,6 @@ def _prepared(folder: Path) -> Places:
         places = replace(places, sockets=Path(tempfile.gettempdir()) / f"cohortium-{name}")
         (base / "sockets.txt").write_text(f"{places.sockets}\n")
     servers.private_folder(places.sockets, who)
-    owner = places.sockets.lstat()
-    if places.sockets.is_symlink() or owner.st_uid != who.uid or owner.st_mode & 0o077:
-        raise CohortiumError(f"{places.sockets} is somebody else's; delete it, or choose a shorter folder")
     return places
 
 

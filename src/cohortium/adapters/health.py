@@ -29,6 +29,7 @@ def serving(listen: str, ready: Ready, metrics: Callable[[], bytes]) -> Iterator
 
     class Page(BaseHTTPRequestHandler):
         server_version, sys_version = "cohortium", ""
+        timeout = 10  # seconds that a caller may take; each of them has a thread
 
         def do_GET(self) -> None:
             match self.path:

@@ -25,6 +25,8 @@ FIELDS = (
     "seconds",
     "bytes",
     "count",
+    "code",
+    "software",
 )
 """What a line may hold beside time, level, part and message. Reasons are the public halves of errors."""
 Format = Literal["json", "text"]
@@ -49,7 +51,12 @@ class _Lines(logging.Formatter):
             line = {"at": at, "level": record.levelname.lower(), "part": record.name, "message": record.getMessage()}
             return json.dumps(line | told, default=str)
         rest = " ".join(f"{name}={value}" for name, value in told.items())
-        return f"{at} {record.levelname.lower():7} {record.getMessage()} {rest}".rstrip()
+        return _one_line(f"{at} {record.levelname.lower():7} {record.getMessage()} {rest}".rstrip())
+
+
+def _one_line(text: str) -> str:
+    """Returns text that can neither begin another line nor steer a terminal: others choose some of its words."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def begin(level: str, style: str, stream: TextIO | None = None) -> None:

@@ -53,12 +53,15 @@ INSERT INTO coordinators (name, address) VALUES (%(me)s, %(address)s)
 ON CONFLICT (name) DO UPDATE SET address = excluded.address, seen = clock_timestamp()
 """
 
-# Whoever was seen since, or could not be because the database was away. Runs under way come before queued ones; of
-# these, an owner's k-th counts as if the k-1 before it were under way. The last WHERE is checked again under the lock.
+# Whoever was seen since, or could not be because the database was away; a sign of life from the future, written before
+# the clock was set back, is none. Runs under way come before queued ones; of these, an owner's k-th counts as if the
+# k-1 before it were under way. The last WHERE is checked again under the lock. Those that others lock at this moment
+# are passed over; some more than wanted are looked at for that.
 _CLAIM = """
 WITH live AS (
     SELECT name FROM coordinators
-    WHERE greatest(seen, pg_postmaster_start_time()) >= clock_timestamp() - make_interval(secs => %(stale)s)
+    WHERE abs(extract(epoch FROM clock_timestamp() - seen)) <= %(stale)s
+        OR abs(extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())) <= %(stale)s
     UNION SELECT %(me)s
 ), busy AS (
     SELECT owner, count(*) AS runs FROM runs
@@ -71,12 +74,19 @@ WITH live AS (
     SELECT run, begun, priority, submitted, coalesce(busy.runs, 0)
         + row_number() OVER (PARTITION BY owner, begun ORDER BY priority DESC, submitted, run) AS turn
     FROM wanting LEFT JOIN busy USING (owner)
+), next AS (
+    SELECT array_agg(run) AS runs FROM (
+        SELECT run FROM turns
+        ORDER BY begun DESC, priority DESC, CASE WHEN begun THEN 0 ELSE turn END, submitted, run
+        LIMIT %(most)s::integer + 64
+    ) AS turns
 ), taken AS (
     SELECT runs.run, row_number() OVER () AS place FROM (
-        SELECT runs.run FROM turns JOIN runs USING (run)
-        WHERE runs.ended IS NULL AND (runs.leader IS NULL OR runs.leader NOT IN (SELECT name FROM live)
+        SELECT runs.run FROM runs
+        WHERE runs.run = ANY((SELECT runs FROM next)::text[]) AND runs.ended IS NULL
+            AND (runs.leader IS NULL OR runs.leader NOT IN (SELECT name FROM live)
             OR runs.leader = %(me)s AND runs.run <> ALL(%(held)s::text[]))
-        ORDER BY begun DESC, runs.priority DESC, CASE WHEN begun THEN 0 ELSE turn END, runs.submitted, runs.run
+        ORDER BY array_position((SELECT runs FROM next), runs.run)
         LIMIT %(most)s FOR NO KEY UPDATE OF runs SKIP LOCKED
     ) AS runs
 ), led AS (
@@ -154,7 +164,7 @@ WITH mine AS (
     UPDATE runs SET leader = NULL WHERE run = %(run)s AND epoch = %(epoch)s AND leader = %(me)s RETURNING run
 ) SELECT pg_notify('{CHANNEL}', 'runs') FROM mine
 """
-_PEERS = "SELECT name FROM coordinators WHERE seen > clock_timestamp() - make_interval(secs => %(stale)s)"
+_PEERS = "SELECT name FROM coordinators WHERE abs(extract(epoch FROM clock_timestamp() - seen)) < %(stale)s"
 _WISHES = "SELECT run, wish FROM runs WHERE run = ANY(%s)"
 _SITES = f"SELECT {SITE} FROM sites ORDER BY name"
 

@@ -29,6 +29,10 @@ VALKEY_SOCKET = "valkey.sock"
 _HBA = "local all all peer map=cohortium\n"
 _NOBODY = 2**31 - 1
 """No process has this number."""
+_SWITCH = (
+    "import os, sys; uid, gid, *command = sys.argv[1:]; os.setgroups([]); os.setgid(int(gid)); os.setuid(int(uid)); "
+    "os.execv(command[0], command)"
+)
 _SETTINGS = {
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
@@ -148,7 +152,7 @@ def make_cluster(places: Places) -> None:
     arguments = ["-U", ADMIN, "--auth=peer", "-E", "UTF8", "--locale=C", "--data-checksums", "--no-instructions"]
     with _Descriptors(data) as (folder,), _log(places, "postgres.log") as log:
         done = subprocess.run(  # noqa: S603
-            [program, "-D", _through(folder), *arguments],
+            [*_as(who), program, "-D", _through(folder), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -156,9 +160,6 @@ def make_cluster(places: Places) -> None:
             cwd="/",
             env=_environment(),
             check=False,
-            user=who.uid if who.switch else None,
-            group=who.gid if who.switch else None,
-            extra_groups=[] if who.switch else None,
             umask=0o077,
         )
     if done.returncode:
@@ -269,7 +270,7 @@ def _start(command: Sequence[str], places: Places, log: str, folders: tuple[int,
     with _log(places, log) as output:
         # through a shell that leaves at once, so that the server is nobody's child and survives this process
         subprocess.run(  # noqa: S603
-            ["/bin/sh", "-c", '"$@" &', "sh", *command],
+            [*_as(who), "/bin/sh", "-c", '"$@" &', "sh", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -278,11 +279,17 @@ def _start(command: Sequence[str], places: Places, log: str, folders: tuple[int,
             env=_environment(),
             start_new_session=True,
             check=True,
-            user=who.uid if who.switch else None,
-            group=who.gid if who.switch else None,
-            extra_groups=[] if who.switch else None,
             umask=0o077,
         )
+
+
+def _as(who: Account) -> tuple[str, ...]:
+    """Returns what a command begins with so that another user runs it.
+
+    Not subprocess's own way: it forks, and gRPC's handlers of forks crash that child now and then. Without it Python
+    uses vfork, which no handler hears of.
+    """
+    return (sys.executable, "-I", "-S", "-c", _SWITCH, str(who.uid), str(who.gid)) if who.switch else ()
 
 
 async def _until_gone(paths: Sequence[Path], seconds: float, places: Places) -> None:
@@ -321,18 +328,36 @@ def _environment() -> dict[str, str]:
 
 
 def private_folder(path: Path, who: Account) -> None:
-    """Makes a folder that nobody but its owner may enter."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)
-    if who.switch:
-        os.chown(path, who.uid, who.gid)
+    """Makes a folder that nobody but its owner may enter.
+
+    Raises:
+        CohortiumError: there is something of somebody else's under that name: it may stand in a folder of everybody's.
+    """
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+    # through a handle, because a link in its place would have another folder's owner changed
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        handle = None
+    if handle is None or os.fstat(handle).st_uid not in (os.geteuid(), who.uid):
+        if handle is not None:
+            os.close(handle)
+        raise CohortiumError(f"{path} is somebody else's, or no folder; delete it, or choose a shorter folder")
+    try:
+        os.fchmod(handle, 0o700)
+        if who.switch:
+            os.fchown(handle, who.uid, who.gid)
+    finally:
+        os.close(handle)
 
 
 def _write(path: Path, content: str, who: Account) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    # the folder is the servers' own: a link that they put there must not lead us elsewhere
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
         file.write(content)
-    if who.switch:
-        os.chown(path, who.uid, who.gid)
+        if who.switch:
+            os.fchown(file.fileno(), who.uid, who.gid)
 
 
 def _version(folder: Path) -> tuple[int, ...]:

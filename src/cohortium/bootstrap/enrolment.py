@@ -15,11 +15,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cohortium.adapters import consortium_folder, credentials, home, private_files
+from cohortium.adapters import consortium_folder, credentials, home, person, private_files
 from cohortium.adapters.consortium_folder import Consortium
 from cohortium.bootstrap.homes import create_home
 from cohortium.bootstrap.stores import stores
-from cohortium.coordinator.authority import SERIAL_BITS, Role
+from cohortium.coordinator.authority import PERSON_LIFETIME, SERIAL_BITS, Role
 from cohortium.coordinator.ports import Enrolments, SiteRow
 from cohortium.core import invitation as invitations
 from cohortium.core.errors import PolicyRefused, SiteError, StudyError
@@ -51,7 +51,7 @@ def load_consortium(folder: str | Path) -> Consortium:
 
 
 def grant(consortium: Consortium, role: Role, name: str, folder: str | Path) -> list[Path]:
-    """Writes a person's key and certificate into a folder. Returns their paths.
+    """Writes a new person's folder: key, certificate, and where the consortium is. Returns its files.
 
     Raises:
         StudyError: the name is wrong, there are such files already, or they cannot be written.
@@ -59,7 +59,11 @@ def grant(consortium: Consortium, role: Role, name: str, folder: str | Path) -> 
     path = Path(folder)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return consortium_folder.grant(path, consortium.authority, role, name, _now(), _serial())
+        key, csr = credentials.request()
+        certificate = consortium.authority.certify(csr, role, name, _now(), _serial(), PERSON_LIFETIME)
+        pem = certificate.public_bytes(serialization.Encoding.PEM)
+        one = person.Person(consortium.addresses, consortium.authority_pem, pem, key)
+        return person.create(path, consortium.name, name, one)
     except OSError as error:
         raise StudyError(f"{path} cannot be written ({error.strerror})") from None
 
@@ -69,12 +73,13 @@ def server_certificate(consortium: Consortium) -> Callable[[], tuple[bytes, byte
 
     They are kept in memory alone. It may be called from several threads at once.
     """
-    latest = _serve(consortium)
+    made, latest = _now(), _serve(consortium)
 
     def fresh() -> tuple[bytes, bytes]:
-        nonlocal latest
-        if latest.due <= _now():
-            latest = _serve(consortium)
+        nonlocal made, latest
+        # a clock that was ahead and went back leaves a certificate that is not valid yet
+        if not made <= _now() < latest.due:
+            made, latest = _now(), _serve(consortium)
         return latest.chain, latest.key
 
     return fresh

@@ -11,18 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from cohortium.adapters import credentials, limits, logs, machine, private_files, site_config
+from cohortium.adapters import credentials, limits, logs, machine, person, site_config
 from cohortium.adapters import health as pages
 from cohortium.adapters.consortium_folder import OPERATOR, Consortium
 from cohortium.adapters.journal import Approved
 from cohortium.adapters.journal import connect as open_journal
+from cohortium.adapters.person import Person
 from cohortium.adapters.telemetry import AgentMeter, CoordinatorMeter, Tracer
 from cohortium.bootstrap import enrolment
 from cohortium.bootstrap.homes import open_home
@@ -50,7 +51,11 @@ log = logging.getLogger("cohortium.agent")
 _SOFTWARE = f"cohortium {version('cohortium')}"
 _RATES: Mapping[str, tuple[float, int]] = {"submit": (5.0, 500), "steer": (10.0, 100), "read": (200.0, 1000)}
 """What a person may ask for: calls a second, and at once."""
+_TRAINERS = 4
+"""Runs that an agent trains for at a time, on as many processors."""
 _GRACE = 2.0
+_SKEW = timedelta(minutes=1)
+"""By how much coordinators' clocks may differ."""
 
 
 def run_coordinator(
@@ -99,22 +104,16 @@ def connect(folder: str | Path, addresses: Sequence[str] = ()) -> client.Consort
     """Connects to a consortium as the person whose certificate is in a folder; close it, or use it in a `with`.
 
     Args:
-        folder: the consortium's own folder, whose operator one then is.
-        addresses: coordinators, `host:port`; by default those of the consortium's settings.
+        folder: a person's, as `cohortium consortium grant` wrote it, or the consortium's own, whose operator one then
+            is.
+        addresses: coordinators, `host:port`; by default those that the folder names.
 
     Raises:
         StudyError: the folder holds no certificate that can be used.
     """
-    path, consortium = Path(folder), enrolment.load_consortium(folder)
-    try:
-        mode, key = private_files.read(path / f"{OPERATOR}.key", 4096)
-        _, certificate = private_files.read(path / f"{OPERATOR}.pem", 1 << 15)
-    except OSError as error:
-        raise StudyError(f"{path} holds no {OPERATOR} certificate that can be read ({error.strerror})") from None
-    if private_files.is_open(mode, 0o077):
-        raise StudyError(f"{path / OPERATOR}.key can be read by others: chmod 600 it, and look who did")
-    who = client.Credentials(consortium.authority_pem, certificate, key)
-    return client.Consortium(addresses or consortium.addresses, who, _run_name, time.sleep)
+    me = _person(Path(folder))
+    who = client.Credentials(me.authority, me.certificate, me.key)
+    return client.Consortium(addresses or me.addresses, who, _run_name, time.sleep)
 
 
 def migrate(folder: str | Path) -> list[str]:
@@ -174,7 +173,7 @@ async def _coordinate(consortium: Consortium, places: Places, compiler: Compiler
             tracer.observe(run, event)
 
         runs, desk = PostgresRuns(database, heart), PostgresDesk(database)
-        gateway = Gateway(exchange, lambda site, serial, until: _admitted(service, site), me, _SOFTWARE, _now)
+        gateway = Gateway(exchange, lambda site, serial, issued: _admitted(service, site, issued), me, _SOFTWARE, _now)
         service = Service(
             me,
             places.fleet,
@@ -190,7 +189,7 @@ async def _coordinate(consortium: Consortium, places: Places, compiler: Compiler
             news=news.tell,
         )
         control = ConsortiumService(
-            desk, lambda: service.sites, exchange.present, news, lambda what: _allowed(bus, what), compiler
+            desk, lambda: service.sites, exchange.present, news, lambda what: _allowed(bus, what), _now, compiler
         )
         registrar = enrolment.registrar(consortium, PostgresEnrolments(database), bus.allow)
         await _listening(stack, consortium, places, gateway, control, MembershipService(registrar), registrar)
@@ -224,11 +223,14 @@ async def _listening(
         stack.push_async_callback(server.stop, _GRACE)
 
 
-def _admitted(service: Service, site: str) -> str | None:
+def _admitted(service: Service, site: str, issued: datetime) -> str | None:
     row = service.sites.get(site)
     if row is None:
         return "the site is no member of this consortium"
-    return "the site's membership was revoked" if row.revoked else None
+    if row.revoked:
+        return "the site's membership was revoked"
+    # a site enrols anew after a theft: the thief's certificates end with the old membership
+    return "the certificate is of an earlier membership" if issued + _SKEW < row.enrolled else None
 
 
 async def _allowed(bus: Bus, what: str) -> bool:
@@ -278,6 +280,9 @@ async def _serve(home: Path, config: site_config.SiteConfig, compiler: Compiler)
             tracer.took(run, kind, seconds)
 
         async def prepare(data: bytes) -> None:
+            # what the steward confirmed meanwhile counts from the next run on
+            pinned.clear()
+            pinned.update(enrolment.pinned_identities(home))
             if not _sites_of(data) <= pinned.keys():
                 met = await enrolment.meet_peers(home)
                 for name in met.changed:
@@ -288,7 +293,8 @@ async def _serve(home: Path, config: site_config.SiteConfig, compiler: Compiler)
 
         # one piece of work at a time: the agent's state is one
         pool = stack.enter_context(ThreadPoolExecutor(1, "agent"))
-        attendant = Attendant(agent, link, pool, time.perf_counter, prepare, answered)
+        trainers = stack.enter_context(ThreadPoolExecutor(min(machine.cores(), _TRAINERS), "training"))
+        attendant = Attendant(agent, link, pool, trainers, time.perf_counter, prepare, answered)
         address = None if config.health is None else f"{config.health[0]}:{config.health[1]}"
         _show_health(stack, address, lambda: _agent_health(enrolled.site, link), meter.text)
         await _until(stop, link, attendant, enrolment.keep_renewed(home, lambda credential: link.renewed()))
@@ -338,6 +344,15 @@ def _told_to_stop() -> asyncio.Event:
     for sign in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sign, stop.set)
     return stop
+
+
+def _person(folder: Path) -> Person:
+    if (folder / person.SETTINGS).exists():
+        return person.load(folder)
+    consortium = enrolment.load_consortium(folder)
+    certificate = person.read(folder / f"{OPERATOR}.pem")
+    key = person.read(folder / f"{OPERATOR}.key", private=True)
+    return Person(consortium.addresses, consortium.authority_pem, certificate, key)
 
 
 def _run_name(study: str) -> str:

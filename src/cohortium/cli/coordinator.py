@@ -37,7 +37,7 @@ def run(
 
 @app.command()
 def migrate(folder: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Bring the database to this version's tables. A coordinator that starts does so too."""
+    """Bring the database to this version's tables. With a private database, a coordinator that starts does so too."""
     applied = bootstrap.migrate(folder)
     output = Output(as_json, quiet)
     output.say(f"Applied {', '.join(applied)}" if applied else "The database is up to date.")

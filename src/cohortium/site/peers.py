@@ -2,7 +2,8 @@
 
 The coordinator introduces the sites to each other, and its word is believed once: the first identity of a name stays,
 and a later one is refused until somebody of this hospital has compared its fingerprint by telephone. What an attacker
-gains who holds the coordinator's key: it can invent sites that nobody has met yet. Under the rule 'confirmed' it
+gains who holds the coordinator's key: it can invent sites that nobody has met yet, and where it lies to a site that
+meets all others for the first time, take all their places and read that site's vectors. Under the rule 'confirmed' it
 gains nothing, because a site counts only after that telephone call.
 """
 
