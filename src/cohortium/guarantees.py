@@ -130,6 +130,7 @@ def protection(plan: Plan) -> tuple[tuple[str, str], ...]:
         ("Who can read it", _readers(plan)),
         ("If hospitals drop", _dropouts(plan)),
         *_selection(plan),
+        *_buffers(plan),
         *_privacy(plan),
         ("Precision", _precision(plan)),
     ]
@@ -186,6 +187,19 @@ def _selection(plan: Plan) -> list[tuple[str, str]]:
         f"worst choice. {_of_two_sums(plan, 'selections')}"
     )
     return [("Who is asked", text)]
+
+
+def _buffers(plan: Plan) -> list[tuple[str, str]]:
+    buffer, sites = plan.buffer, len(plan.sites)
+    if buffer is None:
+        return []
+    text = (
+        f"a round of training is a buffer: it closes with the first {buffer.buffer} of {sites} hospitals. Who is later "
+        f"contributes to the next one, and its work counts (1 + s)^-{buffer.staleness:g} when s rounds have passed "
+        f"since it began; after {buffer.latest} it is dropped. The coordinator learns who was late, and one that lies "
+        "may have the same work protected for several rounds, each time in a sum over as many hospitals as any"
+    )
+    return [("Asynchronous", text)]
 
 
 def _readers(plan: Plan) -> str:

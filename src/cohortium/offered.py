@@ -16,8 +16,9 @@ MAX_VALUES = 50_000_000
 
 def refuse_what_is_not_offered(study: Study) -> None:
     """Raises a `StudyError` with the first thing that a study asks for and cannot have."""
-    for reason in (*_size(study), *_sums(study), *_selection(study), *_training(study), *_privacy(study)):
-        raise StudyError(reason)
+    for rule in (_size, _sums, _selection, _buffers, _training, _privacy):
+        for reason in rule(study):
+            raise StudyError(reason)
 
 
 def _size(study: Study) -> Iterator[str]:
@@ -70,6 +71,40 @@ def _selection(study: Study) -> Iterator[str]:
         yield (
             "sites.per_round with SCAFFOLD would tell a site's control variate from the sums of two rounds: set "
             "training.local.scaffold: false, or leave per_round out"
+        )
+
+
+def _buffers(study: Study) -> Iterator[str]:
+    training, sites, aggregation = study.training, len(study.sites.include), study.aggregation
+    if not isinstance(training, Averaging) or training.asynchronous is None:
+        return
+    buffer, threshold = training.asynchronous.buffer, sites - aggregation.dropouts
+    if not threshold <= buffer <= sites:
+        yield (
+            f"training.asynchronous.buffer is {buffer}: a sum over fewer than {threshold} of {sites} sites stays "
+            f"closed with aggregation.dropouts: {aggregation.dropouts}; set a buffer from {threshold} to {sites}, or "
+            "more dropouts"
+        )
+    if study.privacy.epsilon is not None or training.clip is not None:
+        yield (
+            "training.asynchronous protects a site's late work more than once and sums it in rounds that it was not "
+            "computed for, which neither the ledger nor the fixed divisor of training.clip counts: remove it, or "
+            "privacy.epsilon and training.clip"
+        )
+    if study.sites.per_round is not None:
+        yield (
+            "training.asynchronous takes the sites that are first, and sites.per_round those that are chosen: remove "
+            "one of them"
+        )
+    if _scaffold(study):
+        yield (
+            "training.asynchronous with SCAFFOLD would mix control variates of different rounds: set "
+            "training.local.scaffold: false, or remove it"
+        )
+    if aggregation.protocol != "masking":
+        yield (
+            f"training.asynchronous is offered with masks, and not with protocol '{aggregation.protocol}': set "
+            "aggregation.protocol: masking"
         )
 
 

@@ -13,13 +13,14 @@ from cohortium.core import document
 from cohortium.core.errors import StudyError
 from cohortium.core.events import DpEvent, Events, Repeated, Slack
 from cohortium.core.filter import Filter, compile_filter
-from cohortium.core.layout import Layout, size
+from cohortium.core.layout import Layout, Statistics, size
 from cohortium.core.messages import MOST_MISSED
 from cohortium.core.models import Descriptive
 from cohortium.core.random import Randomness
 from cohortium.core.stage import Chain, chain
 from cohortium.core.study import Study
-from cohortium.learning.algorithm import Algorithm
+from cohortium.core.training import Asynchronous, Averaging
+from cohortium.learning.algorithm import Algorithm, Then
 from cohortium.learning.descriptive import Summary
 from cohortium.learning.model import GlobalModel
 from cohortium.offered import refuse_what_is_not_offered
@@ -87,6 +88,11 @@ class Plan:
     noise: NoiseRule | None = None
 
     @cached_property
+    def document(self) -> bytes:
+        """The study's canonical bytes."""
+        return document.canonical_bytes(self.study)
+
+    @cached_property
     def rounds(self) -> int:
         """The most rounds that a run may take."""
         return sum(phase.rounds for phase in self.phases)
@@ -119,6 +125,21 @@ class Plan:
     def selects(self, number: int) -> bool:
         """Returns whether a round asks some of the sites only: preprocessing is fitted over all."""
         return self.study.sites.per_round is not None and number > self.phases[0].rounds
+
+    @cached_property
+    def buffer(self) -> Asynchronous | None:
+        """How rounds of training are buffers, if they are."""
+        training = self.study.training
+        return training.asynchronous if isinstance(training, Averaging) else None
+
+    def buffers(self, number: int) -> bool:
+        """Returns whether a round closes once the study's `buffer` of sites has contributed."""
+        return self.buffer is not None and number > self.phases[0].rounds
+
+    def stale(self, broadcast: Any, statistics: Statistics, late: int) -> Statistics:
+        """Returns what is summed of statistics that are so many rounds late, in a round that buffers."""
+        assert isinstance(self.algorithm, Then)
+        return self.algorithm.stale(broadcast, statistics, late)
 
     def summing(self, agreed: Group, selected: tuple[str, ...]) -> Group:
         """Returns the sites that sum in a round: those selected, or all that agreed on keys where none are.

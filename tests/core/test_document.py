@@ -92,6 +92,7 @@ def full(model: str, target: str) -> dict[str, Any]:
         "descriptive": {"kind": "descriptive", "bins": 5, "quantiles": [0.5], "refinements": 1, "small_cells": 3},
     }
     averaging = {"algorithm": "fedavg", "rounds": 7, "local": local, "server": server, "update_bound": 2.5, "clip": 1.5}
+    averaging["asynchronous"] = {"buffer": 3, "staleness": 0.25, "latest": 4}
     descent = {"algorithm": "descent", "rounds": 40, "learning_rate": 0.5, "momentum": 0.5, "clip": 2.0}
     oneshot = {"algorithm": "adassp", "clip": 3.0}
     training = {"network": averaging, "descriptive": None, "linear": descent, "poisson": oneshot}.get(model, newton)

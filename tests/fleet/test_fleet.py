@@ -23,7 +23,7 @@ from cohortium.bootstrap.enrolment import revoke_site
 from cohortium.bootstrap.loopback import Loopback
 from cohortium.coordinator.ports import Terms
 from cohortium.core.document import document
-from cohortium.core.errors import StudyError
+from cohortium.core.errors import PolicyRefused, StudyError
 from cohortium.core.protection import Aggregation
 from cohortium.engines.fleet.client import Consortium
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
@@ -219,6 +219,8 @@ def test_a_researcher_connects_with_the_folder_that_was_granted(fleet: Loopback,
     with connect(folder) as mine:
         assert mine.submit(study).result().model.coef_.shape == (13,)
         assert [one.owner for one in mine.runs()] == ["researcher:ada"]
+        with pytest.raises(PolicyRefused, match="only an operator"):
+            mine.submit(study, terms=Terms(priority=1))
     (folder / "certificate.key").chmod(0o644)
     with pytest.raises(StudyError, match="can be read by others"):
         connect(folder)

@@ -179,6 +179,27 @@ def test_a_store_that_fails_in_the_middle_of_a_write_loses_and_repeats_nothing(f
     asyncio.run(go())
 
 
+def test_a_study_that_takes_long_to_prepare_does_not_make_its_coordinator_look_dead() -> None:
+    async def go() -> None:
+        cluster = Cluster.of(tolerant())
+        first, second = cluster.start("one"), cluster.start("two")
+        for process in (first, second):
+            process.service._pace = Pace(beat=0.05, stale=0.6)
+
+            def prepared(document: bytes, compiled: Any = process.service._compiled) -> Any:
+                time.sleep(1.5)
+                return compiled(document)
+
+            process.service._compiled = prepared  # type: ignore[assignment]
+        await cluster.attach(first)
+        await cluster.submit("slow")
+        row = await cluster.ended("slow")
+        assert (row.status, row.epoch) == ("finished", 1), row.reason
+        await cluster.close()
+
+    asyncio.run(go())
+
+
 def test_sites_and_leader_find_each_other_across_processes() -> None:
     async def go() -> None:
         study = tolerant()

@@ -57,7 +57,7 @@ from cohortium.plan import Plan, compile_study
 from cohortium.secagg.keys import announce
 from cohortium.site.agent import Agent
 from cohortium.site.cohort import load
-from cohortium.site.session import Membership, Session
+from cohortium.site.session import Membership, Session, Train
 from cohortium.site.session import step as site_step
 
 RUN = "run-1"
@@ -808,11 +808,15 @@ def test_a_site_masks_a_round_once_even_if_its_session_is_asked_directly() -> No
     session, table = agent._sessions[RUN], agent.table
     assert isinstance(session, Session)
     session, _ = site_step(session, first_round())
-    later, _ = site_step(session, table)
+    session, (train,) = site_step(session, table)
+    assert isinstance(train, Train)
+    trained = train.done()
+    later, _ = site_step(session, trained)
     with pytest.raises(Repeated, match="round 1 is already protected"):
         site_step(later, first_round())
-    with pytest.raises(ProtocolError, match="out of order"):
-        site_step(later, table)
+    for again in (table, trained):
+        with pytest.raises(ProtocolError, match="nobody asked"):
+            site_step(later, again)
 
 
 def test_secrets_are_not_in_a_sessions_repr() -> None:

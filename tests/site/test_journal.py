@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ from cohortium.core.messages import (
     ToSite,
     decode_from_site,
 )
+from cohortium.core.models import Network
+from cohortium.core.protection import Aggregation
+from cohortium.core.training import Asynchronous, Averaging, Local
 from cohortium.engines import local
 from cohortium.plan import Plan, compile_study
 from cohortium.site.agent import Agent
@@ -658,3 +661,69 @@ def test_another_process_that_approves_takes_nothing_away_from_an_agent_that_run
             subprocess.run([sys.executable, "-c", approve, str(home), study], check=True)
             assert approved.get(study, 0) == 1
             assert (home / "journal.sqlite-wal").exists()
+
+
+class TestBuffers:
+    """A site whose rounds are buffers notes a round, and contributes to it once, whenever it is killed."""
+
+    def ready(self, home: Path) -> tuple[Plan, list[OpenRound], list[ToSite]]:
+        """Returns a plan, and what a coordinator says in a run in which zurich answers no round after the first."""
+        pytest.importorskip("torch")
+        training = Averaging(rounds=3, local=Local(steps=2), asynchronous=Asynchronous(buffer=3))
+        plan = compile_study(study(model=Network(hidden=(3,)), training=training, aggregation=Aggregation(dropouts=1)))
+        recording = Recording(agents_of(plan)[ME])
+
+        def faults(site: str, message: Any) -> bool:
+            return site == ME and isinstance(message, MaskedUpdate) and message.round > 1
+
+        played(plan, recording, faults=faults)
+        heard = [message for message, _ in recording.heard]
+        first = next(place for place, m in enumerate(heard) if isinstance(m, OpenRound) and m.round == 2)
+        return plan, [m for m in heard if isinstance(m, OpenRound) and m.round > 1], heard[:first]
+
+    def test_noted_becomes_a_contribution_once(self, home: Path) -> None:
+        plan, rounds, before = self.ready(home)
+        with Hospital(home, plan) as hospital:
+            for message in before:
+                say(hospital, message)
+
+            def take(message: ToSite) -> Any:
+                return hospital.agent.take(codec.encode(message))
+
+            begun = take(rounds[0])
+            assert [type(told([answer])).__name__ for answer in begun.answers] == ["Noted"]
+            assert begun.work.train.asked.round == 2
+            noted = take(rounds[1])
+            assert [told([answer]).round for answer in noted.answers] == [3] and noted.work is None  # type: ignore[union-attr]
+            # killed in the middle of training
+            hospital.restart()
+            assert take(rounds[0]) == replace(begun, work=None)
+            again = take(rounds[1])
+            assert again.answers == noted.answers and again.work.train.asked.round == 3
+            assert take(rounds[1]).work is None
+            # what was begun before the kill is wanted no longer
+            assert hospital.agent.finish(begun.work, begun.work.done()).answers == []
+            result = again.work.done()
+            contributed = hospital.agent.finish(again.work, result).answers
+            assert isinstance(told(contributed), MaskedUpdate)
+            assert hospital.agent.finish(again.work, result).answers == []
+            for _ in range(2):
+                assert take(rounds[1]) == replace(again, answers=contributed, work=None)
+                hospital.restart()
+            # its work is kept, and goes into the next round without being done again
+            later = take(rounds[2])
+            assert isinstance(told(later.answers), MaskedUpdate) and later.work is None
+            request, frozen = Request("run", "OpenRound", 4), Frozen(b"", {})
+            with pytest.raises(SiteError, match="has an answer for round 4 already"):
+                hospital.agent.journal.keep(plan.study_id, request, [contributed[0]], frozen)
+            assert take(rounds[2]).answers == later.answers
+
+    def test_a_run_with_a_kill_after_every_message_is_the_undisturbed_one(self, home: Path) -> None:
+        plan, rounds, before = self.ready(home)
+        expected = [agents_of(plan)[ME]]
+        with Hospital(home, plan) as hospital:
+            for message in (*before, *rounds):
+                answers = expected[0].receive(codec.encode(message))
+                for _ in range(2):
+                    assert say(hospital, message) == answers
+                    hospital.restart()

@@ -56,7 +56,9 @@ def submit(
     patience: Annotated[
         float, typer.Option(help="Seconds that the run waits for enough sites before it fails.", min=0.1)
     ] = 3600.0,
-    priority: Annotated[int, typer.Option(help="Runs of a higher priority start first.")] = 0,
+    priority: Annotated[
+        int, typer.Option(help="Runs of a higher priority start first; above 0 for operators only.")
+    ] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the result.")] = False,
     out: Out = None,
     as_json: Json = False,

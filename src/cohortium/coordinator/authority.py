@@ -37,12 +37,13 @@ _URI = re.compile(r"cohortium:(site|operator|researcher):([A-Za-z0-9][A-Za-z0-9_
 
 @dataclass(frozen=True)
 class Principal:
-    """Whom a certificate names. `serial` and `not_after` are the certificate's own."""
+    """Whom a certificate names. `serial` and `not_after` are the certificate's own; `issued` is when it was made."""
 
     role: Role
     name: str
     serial: int
     not_after: datetime
+    issued: datetime
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def principal_of(certificate: bytes) -> Principal:
     found = _URI.fullmatch(subjects[0].value)
     if not found:
         raise ProtocolError("a certificate was refused: it names nobody of a consortium")
-    return Principal(cast(Role, found[1]), found[2], read.serial_number, read.not_valid_after_utc)
+    issued = read.not_valid_before_utc + _EARLY
+    return Principal(cast(Role, found[1]), found[2], read.serial_number, read.not_valid_after_utc, issued)
 
 
 def verify_client(certificate: bytes, authority: x509.Certificate, now: datetime) -> Principal:

@@ -64,6 +64,7 @@ class _Frozen(msgspec.Struct, frozen=True):
     digest: bytes = b""
     missed: dict[str, int] = msgspec.field(default_factory=dict)
     selected: tuple[str, ...] = ()
+    summed: dict[str, int] = msgspec.field(default_factory=dict)
     careers: dict[str, Career] = msgspec.field(default_factory=dict)
     survivors: tuple[str, ...] = ()
     small: dict[str, bytes] = msgspec.field(default_factory=dict)
@@ -115,6 +116,7 @@ def freeze(state: RunState, saved: Collection[str] = ()) -> Checkpoint:
         digest=_digest(state.broadcast),
         missed={site: len(broadcasts) for site, broadcasts in state.missed.items()},
         selected=state.selected,
+        summed=dict(state.summed),
         careers=dict(state.careers),
         survivors=state.tally.survivors,
         small={name: data for name, data in made.items() if len(data) < _SMALL},
@@ -168,6 +170,7 @@ def thaw(
         session=keys.session_digest(head.run, plan.study_id, threshold, head.keys),
         learned=plan.algorithm.thaw(_part(parts, f"learned.{head.number}")),
         selected=head.selected,
+        summed=head.summed,
         careers=head.careers,
         missed={} if head.survivors else _missed(head, head.number - 1, parts, b""),
     )

@@ -58,4 +58,5 @@ def _record(applied: Applied) -> RoundRecord:
         int(facts.get("bytes_down", 0)),
         float(facts.get("seconds", 0.0)),
         facts.get("objective"),
+        tuple(facts.get("selected", ())),
     )

@@ -34,9 +34,11 @@ from cohortium.coordinator.rounds import (
     open_run,
     outstanding,
     step,
+    took,
 )
 from cohortium.core import codec
-from cohortium.core.messages import CloseRun, ToSite, decode_from_site
+from cohortium.core.layout import Layout
+from cohortium.core.messages import CONTROL_BYTES, CloseRun, MaskedUpdate, ToSite, decode_from_site
 from cohortium.plan import Plan
 from cohortium.secagg.stream import PLAIN, Means
 
@@ -98,6 +100,7 @@ class Lead(msgspec.Struct, frozen=True):
         up, down: bytes of the sites' messages and of those to them since the last round closed; `setup` before it.
         round_opened: when the round began.
         stored: names of the checkpoint's parts that the store holds.
+        limit: the most bytes that a site's message may have, for rounds of the layout `measured`.
     """
 
     state: RunState
@@ -109,6 +112,8 @@ class Lead(msgspec.Struct, frozen=True):
     setup: int = 0
     round_opened: float = 0.0
     stored: frozenset[str] = frozenset()
+    limit: int = CONTROL_BYTES
+    measured: Layout | None = None
 
     @property
     def over(self) -> bool:
@@ -124,7 +129,8 @@ def begin(plan: Plan, run: str, leader: Leader, terms: Terms, seed: int | None, 
 def resume(plan: Plan, checkpoint: Checkpoint, leader: Leader, terms: Terms, now: float) -> tuple[Lead, list[Order]]:
     """Returns the lead of a run that goes on from a checkpoint, and what to say again."""
     state = thaw(checkpoint, plan, leader.identity, leader.pinned, leader.means)
-    return again(Lead(state, terms, now, round_opened=now, stored=held(checkpoint)), now)
+    lead = Lead(state, terms, now, round_opened=now, stored=held(checkpoint))
+    return again(_measured(lead, state), now)
 
 
 def heard(lead: Lead, site: str, data: bytes, now: float) -> tuple[Lead, list[Order]]:
@@ -133,14 +139,19 @@ def heard(lead: Lead, site: str, data: bytes, now: float) -> tuple[Lead, list[Or
     Raises:
         ProtocolError: it is none that this site may send now; nothing has changed.
     """
-    message = decode_from_site(data, inbound_limit(lead.state))
-    state, effects = step(lead.state, site, message)
+    message = decode_from_site(data, lead.limit)
+    before = lead.state
+    if isinstance(message, MaskedUpdate) and before.selected and site in before.waiting:
+        # before the round closes, because the next selection is made then
+        before = took(before, site, now - lead.opened)
+    state, effects = step(before, site, message)
     return _done(replace(lead, up=lead.up + len(data)), state, effects, now)
 
 
 def joined(lead: Lead, site: str, now: float) -> tuple[Lead, list[Order]]:
     """Returns the lead after a site attached: it is told again what it owes an answer to."""
-    owed = outstanding(lead.state).get(site)
+    # a site that attaches again and again costs nothing, unless it is waited for
+    owed = outstanding(lead.state).get(site) if site in lead.state.waiting else None
     if not owed:
         return lead, []
     lead = replace(lead, repeat={**lead.repeat, site: (now + FIRST_REPEAT, FIRST_REPEAT)})
@@ -229,8 +240,8 @@ def _given_up(lead: Lead) -> tuple[Lead, list[Order]]:
 def _done(lead: Lead, state: RunState, effects: list[Effect], now: float) -> tuple[Lead, list[Order]]:
     """Returns the lead in its new state, and the effects as orders, in an order that survives a crash at any point."""
     before, applied = lead.state, None
+    lead = _measured(lead, state)
     moved = (state.phase, state.number) != (before.phase, before.number)
-    lead = replace(lead, state=state)
     if moved:
         lead = replace(lead, opened=now)
     if before.phase == "keys" and state.phase != "keys":
@@ -258,6 +269,13 @@ def _done(lead: Lead, state: RunState, effects: list[Effect], now: float) -> tup
     return lead, orders + told_orders
 
 
+def _measured(lead: Lead, state: RunState) -> Lead:
+    """Returns the lead in a state, with the limit that goes with it; a layout is measured once."""
+    if state.layout is lead.measured:
+        return replace(lead, state=state)
+    return replace(lead, state=state, measured=state.layout, limit=inbound_limit(state))
+
+
 def _closed(lead: Lead, closed: RoundClosed, now: float) -> tuple[Lead, Applied]:
     facts = {
         "values": closed.values,
@@ -266,6 +284,7 @@ def _closed(lead: Lead, closed: RoundClosed, now: float) -> tuple[Lead, Applied]
         "seconds": now - lead.round_opened,
         "left": closed.left,
         "objective": closed.objective,
+        **({"selected": list(closed.selected)} if closed.selected else {}),
     }
     applied = Applied(number=closed.number, survivors=closed.survivors, facts=facts)
     return replace(lead, up=0, down=0, round_opened=now), applied
@@ -286,7 +305,8 @@ def _delivered(lead: Lead, messages: list[tuple[str, ToSite]], now: float) -> tu
         if id(message) not in encoded:
             encoded[id(message)] = codec.encode(message)
         by_site.setdefault(site, []).append(encoded[id(message)])
-    limit = inbound_limit(lead.state)
+    # who is told that a run is over has nothing long to say of it any more
+    limit = 0 if lead.over else lead.limit
     orders: list[Order] = [Tell(site, tuple(parts), limit) for site, parts in by_site.items()]
     down = sum(len(part) for parts in by_site.values() for part in parts)
     repeat = {site: (now + FIRST_REPEAT, FIRST_REPEAT) for site in lead.state.waiting if site in by_site}
@@ -298,4 +318,4 @@ def _told(lead: Lead, site: str, owed: tuple[ToSite, ...]) -> tuple[Lead, list[O
     parts = tuple(codec.encode(message) for message in owed)
     if not parts:
         return lead, []
-    return replace(lead, down=lead.down + sum(map(len, parts))), [Tell(site, parts, inbound_limit(lead.state))]
+    return replace(lead, down=lead.down + sum(map(len, parts))), [Tell(site, parts, lead.limit)]

@@ -1,7 +1,7 @@
 """A run as the coordinator leads it: step(state, event) -> (state, effects), without I/O, clock or randomness.
 
     keys:     every site announces a key -> all keys go to every site
-    collect:  broadcast -> one protected vector of each site, or of each that the round selects
+    collect:  broadcast -> one protected vector of each site, of each that the round selects, or of those that are first
     endorse:  who is in the sum -> each survivor's endorsement        unless the sum opens by itself
     reveal:   the endorsements -> each survivor's answer -> the sum -> the algorithm's next state
     finished: an outcome, or a reason
@@ -9,6 +9,9 @@
 Whoever carries the messages says when a site is `lost`: it is then not waited for in this phase. A round goes on with
 those that are left, as long as the study's threshold of them is; below it, the run fails with the sum closed, and
 another run starts with fresh keys. A site that was lost is asked again in the next round, a site that refused is not.
+
+Where rounds are buffers, a round closes with the study's `buffer` of contributions, and whoever is later is not lost:
+it contributes to the next one (`cohortium.site.session`).
 
 The state holds only the running sum of protected vectors.
 """
@@ -28,7 +31,6 @@ from cohortium.coordinator.state import RoundClosed as RoundClosed
 from cohortium.coordinator.state import RunState as RunState
 from cohortium.coordinator.state import Send as Send
 from cohortium.core import codec
-from cohortium.core.document import canonical_bytes
 from cohortium.core.errors import CohortiumError, ProtocolError, Repeated, RunFailed
 from cohortium.core.layout import size, unpack
 from cohortium.core.messages import (
@@ -102,6 +104,9 @@ def step(state: RunState, sender: str, message: FromSite) -> tuple[RunState, lis
         return _left(state, message.site, message.reason)
     if isinstance(message, Noted) and sender not in state.waiting:
         return _late(state, message), []
+    if isinstance(message, Noted) and _buffering(state):
+        # its contribution is still to come
+        return _accepted(state, message), []
     if sender not in state.waiting:
         raise Repeated(f"a message of '{sender}' was refused: nothing more is expected of it now")
     return _heard(_accepted(state, message), sender)
@@ -114,9 +119,9 @@ def _accepted(state: RunState, message: FromSite) -> RunState:
             _check_key(state, message)
             return replace(state, keys={**state.keys, message.site: message})
         case MaskedUpdate() if state.phase == "collect" and tally is not None:
-            return replace(state, tally=tally.contribute(message), keyed=state.keyed | {message.site})
+            return replace(_knows(state, message.site), tally=tally.contribute(message))
         case Noted() if state.phase == "collect" and _passes(state, message):
-            return replace(state, noted=state.noted | {message.site}, keyed=state.keyed | {message.site})
+            return replace(_knows(state, message.site), noted=state.noted | {message.site})
         case Endorsement() if state.phase == "endorse" and tally is not None:
             return replace(state, tally=tally.endorse(message))
         case Reveal() if state.phase == "reveal" and tally is not None:
@@ -126,8 +131,19 @@ def _accepted(state: RunState, message: FromSite) -> RunState:
     raise ProtocolError(f"a message of '{message.site}' was refused: it is out of order")
 
 
+def _knows(state: RunState, site: str) -> RunState:
+    """Returns the state when a site shows that it holds the key set."""
+    return replace(state, keyed=state.keyed | {site})
+
+
 def _passes(state: RunState, message: Noted) -> bool:
-    return message.round == state.number and bool(state.selected) and message.site not in state.selected
+    if message.round != state.number:
+        return False
+    return state.plan.buffers(message.round) or (bool(state.selected) and message.site not in state.selected)
+
+
+def _buffering(state: RunState) -> bool:
+    return state.phase == "collect" and state.plan.buffers(state.number)
 
 
 def _late(state: RunState, message: Noted) -> RunState:
@@ -135,7 +151,7 @@ def _late(state: RunState, message: Noted) -> RunState:
     if not _passes(state, message) or message.site not in state.missed:
         raise Repeated(f"a message of '{message.site}' was refused: nothing more is expected of it now")
     missed = {site: broadcasts for site, broadcasts in state.missed.items() if site != message.site}
-    return replace(state, missed=missed, keyed=state.keyed | {message.site})
+    return replace(_knows(state, message.site), missed=missed)
 
 
 def took(state: RunState, site: str, seconds: float) -> RunState:
@@ -188,7 +204,7 @@ def outstanding(state: RunState) -> Mapping[str, tuple[ToSite, ...]]:
 
 
 def _invitation(state: RunState) -> OpenRun:
-    return OpenRun(state.run, canonical_bytes(state.plan.study), state.seed)
+    return OpenRun(state.run, state.plan.document, state.seed)
 
 
 def _key_set(state: RunState) -> KeySet:
@@ -199,7 +215,13 @@ def _key_set(state: RunState) -> KeySet:
 def _openings(state: RunState, sites: Iterable[str]) -> dict[str, OpenRound]:
     """Returns how the round is opened to each site; one message where nothing was missed."""
     opening = OpenRound(state.run, state.number, state.broadcast, selected=state.selected)
-    return {site: replace(opening, missed=state.missed[site]) if site in state.missed else opening for site in sites}
+    missed, summed = state.missed, state.summed
+    return {
+        site: replace(opening, missed=missed.get(site, ()), summed=summed.get(site, 0))
+        if site in missed or site in summed
+        else opening
+        for site in sites
+    }
 
 
 def _left(state: RunState, site: str, reason: str) -> tuple[RunState, list[Effect]]:
@@ -232,15 +254,21 @@ def _too_few(state: RunState, count: int) -> CohortiumError:
 
 def _heard(state: RunState, site: str) -> tuple[RunState, list[Effect]]:
     state = replace(state, waiting=state.waiting - {site})
-    # a round does not wait for those that only listen
-    if state.waiting.intersection(state.selected) if _selecting(state) else state.waiting:
+    if _awaited(state):
         return state, []
     close = {"keys": _agreed, "collect": _collected, "endorse": _endorsed, "reveal": _revealed}[state.phase]
     return close(state)
 
 
-def _selecting(state: RunState) -> bool:
-    return state.phase == "collect" and bool(state.selected)
+def _awaited(state: RunState) -> bool:
+    """Returns whether the phase waits for somebody."""
+    buffer, tally = state.plan.buffer, state.tally
+    if state.phase == "collect" and state.selected:
+        # a round does not wait for those that only listen
+        return bool(state.waiting.intersection(state.selected))
+    if _buffering(state) and buffer is not None and tally is not None and len(tally.sealed) >= buffer.buffer:
+        return False
+    return bool(state.waiting)
 
 
 def _agreed(state: RunState) -> tuple[RunState, list[Effect]]:
@@ -265,6 +293,8 @@ def _open_round(state: RunState) -> tuple[RunState, list[Effect]]:
     asked = {site: replace(state.careers.get(site, Career()), asked=number) for site in state.selected}
     state = opened(replace(state, careers={**state.careers, **asked}), number, state.history)
     openings = _openings(state, [site for site in state.plan.sites if site in state.waiting])
+    if state.plan.buffers(number):
+        return state, [Send(openings)]
     back = {site: message for site, message in openings.items() if message.missed}
     told = tuple(site for site in openings if site not in back)
     effects: list[Effect] = [Broadcast(openings[told[0]], told)] if told else []
@@ -326,7 +356,8 @@ def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
     # one more than may be missed marks a site that does not come back
     missed = {site: (*state.missed.get(site, ()), state.broadcast)[: MOST_MISSED + 1] for site in absent}
     proven = {site: replace(c, times=c.times + 1) for site, c in state.careers.items() if site in present}
-    state = replace(state, missed=missed, careers={**state.careers, **proven})
+    summed = {site: number for site, number in state.summed.items() if site not in known}
+    state = replace(state, missed=missed, summed=summed, careers={**state.careers, **proven})
     if not tally.scheme.opens:
         return _sum(state, tuple(sorted(present)))
     tally, told = tally.close(state.identity)
@@ -363,6 +394,10 @@ def _sum(state: RunState, survivors: tuple[str, ...]) -> tuple[RunState, list[Ef
         learned, closed, outcome = _apply(state, survivors, total)
     except CohortiumError as error:
         return _over(state, Failed(error))
+    if state.plan.buffers(state.number) and state.tally.scheme.opens:
+        # whoever did not endorse may not know that its contribution counts
+        unheard = [site for site in survivors if site not in state.tally.tags]
+        state = replace(state, summed={**state.summed, **dict.fromkeys(unheard, state.number)})
     state = replace(state, learned=learned, tally=None)
     state, effects = _open_round(state) if outcome is None else _over(state, Finished(outcome))
     return state, [closed, *effects]
@@ -376,7 +411,9 @@ def _apply(
     learned = algorithm.update(state.learned, statistics)
     outcome = state.plan.outcome(learned) if algorithm.done(learned) else None
     left, objective = algorithm.progress(learned)
-    closed = RoundClosed(state.number, survivors, size(state.layout), left, objective, state.selected)
+    # nobody is lost in a buffer
+    asked = survivors if state.plan.buffers(state.number) else state.selected
+    closed = RoundClosed(state.number, survivors, size(state.layout), left, objective, asked)
     return learned, closed, outcome
 
 

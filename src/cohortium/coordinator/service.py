@@ -14,17 +14,17 @@ from functools import lru_cache
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cohortium.coordinator import lead as leading
-from cohortium.coordinator.exchange import Exchange, Heard, Joined, News
+from cohortium.coordinator.exchange import Exchange, Heard, Joined
+from cohortium.coordinator.inbox import LARGE, Inbox, Item, Revoked, Wished
 from cohortium.coordinator.lead import End, Lead, Leader, Order, Save, Tell
-from cohortium.coordinator.ports import ENDED, Applied, Claim, RunEvent, Runs, SiteRow, Superseded, Unavailable, Wish
+from cohortium.coordinator.ports import ENDED, Applied, Claim, RunEvent, Runs, SiteRow, Superseded, Unavailable
 from cohortium.core.document import from_canonical
 from cohortium.core.errors import CohortiumError, ProtocolError
 from cohortium.plan import Compiler, Plan, compile_study
+from cohortium.secagg.group import Group
 from cohortium.secagg.stream import PLAIN, Means
 
 log = logging.getLogger("cohortium.coordinator")
-_LARGE = 1 << 18
-"""Bytes of a message from which it is worked on beside the event loop."""
 
 Observer = Callable[[str, RunEvent], None]
 """Is told of what happens to runs: the run's name, and the event."""
@@ -45,31 +45,19 @@ class Pace:
     capacity: int = 8
 
 
-@dataclass(frozen=True)
-class Wished:
-    """Somebody wants a run to go on, to pause, or to end."""
-
-    wish: Wish
-
-
-@dataclass(frozen=True)
-class Revoked:
-    """A site is no longer a member of the consortium."""
-
-    site: str
-
-
-Item = News | Wished | Revoked
-
-
 @dataclass
 class Led:
-    """A run that is led here."""
+    """A run that is led here.
+
+    Attributes:
+        grace: once its time is due, how many of the items that had come by then are still to be looked at.
+    """
 
     claim: Claim
-    inbox: "asyncio.Queue[Item]" = field(default_factory=asyncio.Queue)
+    inbox: Inbox = field(default_factory=Inbox)
     lead: Lead | None = None
     paused: bool = False
+    grace: int | None = None
 
 
 class Service:
@@ -132,7 +120,12 @@ class Service:
         """Works until `stop` is set; then gives its runs back, for others to claim at once."""
         loops = [
             asyncio.create_task(self._for_ever(work), name=name)
-            for name, work in (("beats", self._beat), ("claims", self._claim), ("members", self._members))
+            for name, work in (
+                ("beats", self._beat),
+                ("presence", self._presence),
+                ("claims", self._claim),
+                ("members", self._members),
+            )
         ]
         loops += [asyncio.create_task(self._listen()), asyncio.create_task(self._exchange.relay())]
         try:
@@ -150,11 +143,19 @@ class Service:
                 self._alive = False
                 log.warning("the store or the bus is away; runs wait", extra={"reason": str(error)})
                 await asyncio.sleep(self._pace.beat)
+            except Exception as error:
+                self._alive = False
+                log.error("a coordinator's loop failed; it goes on", exc_info=error)
+                await asyncio.sleep(self._pace.beat)
 
     async def _beat(self) -> None:
         await self._runs.beat(self.me, self._address)
         self._alive = True
         self._exchange.peers = frozenset(await self._runs.peers(self._pace.stale)) - {self.me}
+        await asyncio.sleep(self._pace.beat)
+
+    async def _presence(self) -> None:
+        # apart from the beats: a bus that hangs must not make a coordinator look dead
         with suppress(Unavailable):
             await self._exchange.refresh()
         await asyncio.sleep(self._pace.beat)
@@ -217,6 +218,9 @@ class Service:
         except Unavailable as error:
             log.warning("a run is put aside until the store is back", extra={"run": run, "reason": str(error)})
             await self._given_back(claim)
+        except Exception as error:
+            log.error("a run failed in a way that nobody foresaw", extra={"run": run}, exc_info=error)
+            await self._broken(led, error)
         except asyncio.CancelledError:
             with suppress(Exception):
                 await asyncio.wait_for(self._runs.release(claim), 2.0)
@@ -237,6 +241,17 @@ class Service:
             except Unavailable:
                 await asyncio.sleep(self._pace.beat)
 
+    async def _broken(self, led: Led, error: Exception) -> None:
+        told = str(error) if isinstance(error, CohortiumError) else type(error).__name__
+        reason = f"the coordinator failed ({told}), and its log says where; nothing more was opened. Submit it again"
+        orders = [End("failed", reason, None, None, {})]
+        try:
+            await self._perform(led, orders + (leading.cancelled(led.lead, reason)[1:] if led.lead else []))
+        except Superseded:
+            pass
+        except Exception:  # noqa: BLE001  as above
+            await self._given_back(led.claim)
+
     async def _led_through(self, led: Led) -> None:
         orders = await self._begun(led)
         while led.lead is not None:
@@ -253,31 +268,45 @@ class Service:
             await self._end(led, End("cancelled", row.reason or "cancelled before it began", None, None, {}))
             return []
         try:
-            plan = self._compiled(claim.document)
-            leader = Leader(self._identity, await self._pinned(plan), self._means)
-            now = self._clock()
+            # on a thread: a coordinator that stops for seconds looks dead to the others
+            plan = await asyncio.to_thread(self._prepared, claim.document)
+            leader = Leader(self._identity, await self._pinned(plan, led), self._means)
             if claim.checkpoint is None:
-                led.lead, orders = leading.begin(plan, row.run, leader, row.terms, row.seed, now)
+                led.lead, orders = leading.begin(plan, row.run, leader, row.terms, row.seed, self._clock())
             else:
-                led.lead, orders = leading.resume(plan, claim.checkpoint, leader, row.terms, now)
+                led.lead, orders = await asyncio.to_thread(
+                    leading.resume, plan, claim.checkpoint, leader, row.terms, self._clock()
+                )
         except Unavailable:
             raise
         except CohortiumError as error:
             await self._end(led, End("failed", str(error), None, None, {}))
             return []
+        assert led.lead is not None
         kind = "began" if row.started is None else "taken over"
         led.paused = row.wish == "pause"
         await self._mark(led, kind, coordinator=self.me, round=led.lead.state.number)
         return orders
 
-    async def _pinned(self, plan: Plan) -> dict[str, bytes]:
-        if not set(plan.sites) <= self._sites.keys():
-            self._sites = {row.name: row for row in await self._runs.sites()}
+    def _prepared(self, document: bytes) -> Plan:
+        """Returns a study's plan, with what its sums are made of loaded: that of encryption takes seconds."""
+        plan = self._compiled(document)
+        plan.scheme(Group(plan.sites, plan.threshold), plan.phases[0].layout, self._means)
+        return plan
+
+    async def _pinned(self, plan: Plan, led: Led) -> dict[str, bytes]:
+        rows = self._sites
+        if not set(plan.sites) <= rows.keys():
+            # `_members` keeps its own, or it would not see what is new in these
+            rows = {row.name: row for row in await self._runs.sites()}
         for site in plan.sites:
-            if site not in self._sites or self._sites[site].revoked:
-                what = "was revoked" if site in self._sites else "is not enrolled"
+            if site in rows and rows[site].revoked and led.claim.row.started is not None:
+                # a run that is under way goes on without it
+                led.inbox.put_nowait(Revoked(site))
+            elif site not in rows or rows[site].revoked:
+                what = "was revoked" if site in rows else "is not enrolled"
                 raise ProtocolError(f"site '{site}' {what} in this consortium: invite it, or leave it out of the study")
-        return {site: self._sites[site].identity for site in plan.sites}
+        return {site: rows[site].identity for site in plan.sites}
 
     async def _mark(self, led: Led, kind: str, **facts: object) -> None:
         await self._note(led, RunEvent(kind=kind, facts=facts))
@@ -302,6 +331,8 @@ class Service:
                 led.lead, orders = leading.revoked(led.lead, item.site, self._clock())
                 if orders and led.lead.over:
                     return orders
+                # what follows is said when the run goes on; what it rests on is kept now
+                await self._perform(led, [order for order in orders if isinstance(order, Save)])
 
     def _cancelled(self, led: Led) -> list[Order]:
         assert led.lead is not None
@@ -314,6 +345,18 @@ class Service:
         """Returns what follows from the next event, or from the time that has passed."""
         assert led.lead is not None
         wait = leading.due(led.lead) - self._clock()
+        if wait > 0:
+            led.grace = None
+        elif led.grace is None:
+            led.grace = led.inbox.qsize()
+        elif led.grace:
+            led.grace -= 1
+        if led.grace == 0:
+            # what came by then was looked at; whoever sends without end does not hold up the time
+            led.grace = None
+            await asyncio.sleep(0)
+            led.lead, orders = leading.ticked(led.lead, self._clock())
+            return orders
         try:
             item = led.inbox.get_nowait()
         except asyncio.QueueEmpty:
@@ -348,7 +391,7 @@ class Service:
         assert led.lead is not None
         run, before = led.claim.row.run, led.lead
         try:
-            if len(data) > _LARGE:
+            if len(data) > LARGE:
                 after, orders = await asyncio.to_thread(leading.heard, before, site, data, self._clock())
             else:
                 after, orders = leading.heard(before, site, data, self._clock())

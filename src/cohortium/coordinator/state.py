@@ -45,7 +45,7 @@ class RoundClosed:
         values: how many numbers each of them sent.
         left: the most rounds that may still follow.
         objective: the algorithm's objective before this round's step, if it has one.
-        selected: the sites that were asked; empty where all were.
+        selected: the sites that were asked; empty where all were. In a buffer: those that were first.
     """
 
     number: int
@@ -90,6 +90,7 @@ class RunState(msgspec.Struct, frozen=True):
         missed: for each site that was lost, the broadcasts of the rounds since, oldest first.
         selected: the sites that the round asks to contribute; empty where it asks all.
         noted: the others that have taken in its broadcast.
+        summed: for a site that may not have heard of it, the last buffer that it is in.
         careers: what is known of each site's part so far, to select by.
     """
 
@@ -114,6 +115,7 @@ class RunState(msgspec.Struct, frozen=True):
     missed: Mapping[str, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
     selected: tuple[str, ...] = ()
     noted: frozenset[str] = frozenset()
+    summed: Mapping[str, int] = msgspec.field(default_factory=dict)
     careers: Mapping[str, Career] = msgspec.field(default_factory=dict)
     tally: Tally | None = None
     seed: int | None = None

@@ -6,7 +6,7 @@ OpenRun       -->                the study's canonical bytes; the site checks st
 KeySet        -->                everybody's announcements; the site checks each signature
 OpenRound     -->                what the algorithm broadcasts, and who is asked
               <--    MaskedUpdate    the site's statistics, quantised and masked, and what helps to unmask the sum
-              <--    Noted           instead, of a site that is not asked in this round
+              <--    Noted           instead, of a site that is not asked in this round, or before, if it takes long
 Survivors     -->                who is in the sum, signed; a site endorses one such set a round
               <--    Endorsement     a tag for each other survivor: "this is the set that I hold"
 Endorsed      -->                the tags for this site; it goes on if enough of the others hold the same set
@@ -74,13 +74,15 @@ class OpenRound(Message, frozen=True):
     """Opens a round, numbered from 1. `broadcast` holds the algorithm's broadcast in `codec` bytes.
 
     `missed` holds those of the rounds just before, if this site was lost in them. `selected` names the sites that
-    contribute, in order; empty where all do.
+    contribute, in order; empty where all do. `summed` is an earlier round whose sum holds this site's contribution,
+    where the site may not have heard so; 0 else.
     """
 
     round: Round
     broadcast: bytes
     missed: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MOST_MISSED)] = ()
     selected: Sites = ()
+    summed: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
 
 
 class MaskedUpdate(Message, frozen=True):
@@ -96,7 +98,10 @@ class MaskedUpdate(Message, frozen=True):
 
 
 class Noted(Message, frozen=True):
-    """A site's word that it has taken in a round's broadcast, and is not among those that contribute."""
+    """A site's word that it has taken in a round's broadcast.
+
+    It is not among those that contribute, or, where rounds are buffers, it is still at work.
+    """
 
     site: Name
     round: Round

@@ -80,6 +80,23 @@ class Server:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asynchronous:
+    """Rounds that are buffers (FedBuff, Nguyen et al. 2022): who is first is summed, the others in a later round."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    buffer: Annotated[int, Field(ge=3, le=1000)]
+    """Sites whose contributions close a round; whoever is later contributes to the next one."""
+    staleness: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """Exponent a of the weight (1 + s)^-a of work that began s rounds before the one that it is summed in."""
+    latest: Annotated[int, Field(ge=0, le=1000)] = 8
+    """Rounds that work may be late; older work is dropped, and the site begins anew."""
+
+    def weight(self, late: int) -> float:
+        """Returns what work that is so many rounds late counts, from 1 for none."""
+        return float((1 + late) ** -self.staleness)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Averaging:
     """Federated averaging of local gradient descent, for networks."""
 
@@ -92,6 +109,8 @@ class Averaging:
     """Largest change of one parameter in one round; a larger one is clipped at the site."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest Euclidean norm of what one privacy unit adds: of its gradient, or, with unit site, of a site's update."""
+    asynchronous: Asynchronous | None = None
+    """Rounds close before all sites have contributed; left out: a round waits for all."""
 
 
 Training = Annotated[Newton | Descent | OneShot | Averaging, Field(discriminator="algorithm")]

@@ -1,4 +1,8 @@
-"""The local engine: coordinator and sites in one process, over the same messages as bytes that a network carries."""
+"""The local engine: coordinator and sites in one process, over the same messages as bytes that a network carries.
+
+Where rounds are buffers, sites answer in an order that is drawn for each round from the run's public seed, those first
+whose last contribution came too late: their work is done. So a run can be repeated, and each site is late as often.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -56,11 +60,16 @@ class _Wire:
     started: float
     up: int = 0
     down: int = 0
+    late: frozenset[str] = frozenset()
 
     def carry(self, messages: Mapping[str, ToSite]) -> list[Effect]:
         """Brings sites their messages and the answers back; returns what the coordinator then wants done."""
         wanted: list[Effect] = []
         limit = inbound_limit(self.state)
+        number = self.state.number
+        buffering = self.state.phase == "collect" and self.state.plan.buffers(number)
+        if buffering:
+            messages = {site: messages[site] for site in self._arriving(messages, number)}
         for site, answers in self._answers(messages):
             heard = self.state.phase == "over"
             for answer in answers if not heard else []:
@@ -70,7 +79,14 @@ class _Wire:
             if not heard and not isinstance(messages[site], KeySet | CloseRun):
                 self.state, effects = lost(self.state, site)
                 wanted += effects
+        if buffering and self.state.tally is not None and self.state.number == number:
+            self.late = frozenset(messages.keys() - self.state.tally.sealed.keys())
         return wanted
+
+    def _arriving(self, messages: Mapping[str, ToSite], number: int) -> list[str]:
+        """Returns the sites in the order in which they answer in a round that is a buffer."""
+        drawn = Randomness.of_seed(self.state.seed or 0).child("arriving", number)
+        return sorted(messages, key=lambda site: (site not in self.late, drawn.child(site).bytes(8)))
 
     def _hear(self, site: str, answer: bytes, limit: int) -> tuple[list[Effect], bool]:
         """Returns what the coordinator makes of an answer, and whether it accepts it."""

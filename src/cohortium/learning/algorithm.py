@@ -12,7 +12,7 @@ the same study. It never learns how many sites there are or how their statistics
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -90,6 +90,13 @@ class Algorithm(Protocol[S, B, R]):
         """
 
 
+class Ageing(Protocol):
+    """An algorithm whose statistics may be summed in a later round than they were computed for."""
+
+    def stale(self, statistics: Statistics, late: int) -> Statistics:
+        """Returns what is summed of statistics that are so many rounds late."""
+
+
 @dataclass(frozen=True)
 class PhaseState:
     """State of two algorithms in sequence: the first one's result once it is done."""
@@ -150,6 +157,11 @@ class Then(Generic[R]):
     ) -> tuple[Statistics, Memory]:
         algorithm, inner = self._received(broadcast)
         return algorithm.local(inner, table, memory, randomness.child("second" if broadcast.fitted else "first"))
+
+    def stale(self, broadcast: PhaseBroadcast, statistics: Statistics, late: int) -> Statistics:
+        """Returns what is summed of the statistics of a broadcast's phase that are so many rounds late."""
+        algorithm, _ = self._received(broadcast)
+        return cast(Ageing, algorithm).stale(statistics, late)
 
     def update(self, state: PhaseState, total: Statistics) -> PhaseState:
         algorithm, inner = self._current(state)

@@ -6,7 +6,9 @@
 
 Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1;
 Li et al. 2020, "Federated Optimization in Heterogeneous Networks", algorithm 2 (FedProx); Karimireddy et al. 2020,
-"SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1 with option II.
+"SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1 with option II; Nguyen et al. 2022,
+"Federated Learning with Buffered Asynchronous Aggregation", algorithm 1 (there the sum is divided by the buffer's size,
+here by the sum of weights, as in every other round).
 """
 
 from collections.abc import Callable
@@ -130,6 +132,12 @@ class FedAvg:
         change = -broadcast.control - delta / (local.steps * local.learning_rate)
         change = np.clip(change, -self._control_bound, self._control_bound)
         return statistics | {"control": weight * change}, {"control": own + change}
+
+    def stale(self, statistics: Statistics, late: int) -> Statistics:
+        """Returns the statistics of work that is so many rounds late: its weight, and all in proportion to it, less."""
+        assert self.averaging.asynchronous is not None
+        factor = self.averaging.asynchronous.weight(late)
+        return {name: np.asarray(value * factor) for name, value in statistics.items()}
 
     def update(self, state: FedAvgState, total: Statistics) -> FedAvgState:
         weight = float(total["weight"])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from threading import RLock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,8 @@ SGD: Optimiser = torch.optim.SGD
 
 LARGEST = 1e4
 """Parameters and control variates beyond this are never sent: training that leads there has diverged."""
+_GENERATOR = RLock()
+"""Held while PyTorch's generator is seeded, and while initial weights are drawn from it."""
 _WORK_FOR_THREADS = 1 << 22
 """Parameters times rows of a batch from which several threads pay."""
 
@@ -93,7 +96,7 @@ class Trainer:
         Raises:
             StudyError: it keeps statistics that are no parameters.
         """
-        with seeded(self.initial):
+        with _GENERATOR, seeded(self.initial):
             module = self.module()
         if any(getattr(part, "track_running_stats", False) for part in module.modules()):
             raise StudyError(
@@ -202,7 +205,15 @@ def threads_for(work: int) -> Iterator[None]:
 
 @contextmanager
 def seeded(randomness: Randomness) -> Iterator[None]:
-    """Seeds PyTorch's generator, which layers such as dropout draw from, and puts it back as it was."""
-    with torch.random.fork_rng(devices=[]):
+    """Seeds PyTorch's generator, which layers such as dropout draw from, and puts it back as it was.
+
+    There is one for all threads: layers that draw do not repeat themselves where others train at the same time.
+    """
+    with _GENERATOR:
+        before = torch.get_rng_state()
         torch.default_generator.manual_seed(int.from_bytes(randomness.bytes(8), "big") >> 1)
+    try:
         yield
+    finally:
+        with _GENERATOR:
+            torch.set_rng_state(before)

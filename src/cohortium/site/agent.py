@@ -3,10 +3,15 @@
 With a journal it may be killed at any moment and goes on afterwards. It answers a request once: the answer, and the
 session after it, are in the journal before the answer leaves, and whoever asks again, in whatever words, gets the very
 same bytes. What was computed and not kept has not left, and is computed anew, from the same randomness.
+
+Training may take long. `receive` does it at once; `take` hands it out, and `finish` takes in what came of it, so that
+other runs are answered meanwhile. Threads may call any of them: one at a time is let in, and training needs none of
+the agent's state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from threading import RLock
 
 from cohortium.core import codec
 from cohortium.core.document import MAX_DOCUMENT_BYTES, study_id_of
@@ -26,6 +31,7 @@ from cohortium.core.messages import (
     CloseRun,
     Endorsed,
     FromSite,
+    MaskedUpdate,
     OpenRound,
     OpenRun,
     Refusal,
@@ -41,7 +47,19 @@ from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.cohort import Roster, load, recorded, recovered
 from cohortium.site.policy import PrivacyPolicy
 from cohortium.site.ports import Approvals, DataSource, Frozen, Journal, KeptRun, Ledger, Request
-from cohortium.site.session import Charge, LoadCohort, Membership, Send, Session, step
+from cohortium.site.session import (
+    Charge,
+    Effect,
+    Event,
+    LoadCohort,
+    Membership,
+    Send,
+    Session,
+    Train,
+    Trained,
+    again,
+    step,
+)
 from cohortium.site.snapshot import freeze, thaw
 from cohortium.site.spending import UNSTATED, eligible, price, remaining, units
 
@@ -52,6 +70,40 @@ _UNSTATED = "the site's agent failed; its own staff see why"
 _NO_MEMORY = "the site's agent ran out of the memory that it may use"
 _COHORT = "cohort"
 """The part of a kept session that tells who is in its cohort."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Training that is to be done outside of the agent: call `done`, and have the agent `finish` with what it returns.
+
+    Attributes:
+        apart: messages of the run may be dealt with meanwhile; else they must wait.
+    """
+
+    run: str
+    train: Train = field(repr=False)
+
+    @property
+    def apart(self) -> bool:
+        return self.train.apart
+
+    def done(self) -> Trained | Exception:
+        """Returns what came of the training; it uses nothing of the agent."""
+        try:
+            return self.train.done()
+        except Exception as error:  # noqa: BLE001  the agent makes a refusal of it
+            return error
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the agent makes of a message: answers, and work of which more answers come."""
+
+    answers: list[bytes]
+    work: Work | None = None
+
+
+NOTHING = Taken([])
 
 
 @dataclass
@@ -92,6 +144,7 @@ class Agent:
     _remembered: dict[str, tuple[str, bytes]] = field(default_factory=dict, repr=False)
     _kept: dict[str, Session] = field(default_factory=dict, repr=False)
     _restored: bool = False
+    _lock: RLock = field(default_factory=RLock, repr=False, compare=False)
 
     def receive(self, data: bytes) -> list[bytes]:
         """Returns the site's answers to a message of the coordinator; none if the site's journal cannot be used.
@@ -99,64 +152,116 @@ class Agent:
         Raises:
             ProtocolError: the bytes are no message. Every later failure is answered with a refusal instead.
         """
-        if self.journal is None:
-            return self._performed(decode_to_site(data, self._limit()))
+        return self._received(data, at_once=True).answers
+
+    def take(self, data: bytes) -> Taken:
+        """Returns the answers to a message that need no training, and the training that it asks for.
+
+        Raises:
+            ProtocolError: the bytes are no message.
+        """
+        return self._received(data, at_once=False)
+
+    def finish(self, work: Work, result: Trained | Exception) -> Taken:
+        """Returns the answers that follow from what came of work; none if it is wanted no longer."""
+        with self._lock:
+            session = self._sessions.get(work.run)
+            # what was in memory may have been let go meanwhile: then the work is asked for anew
+            if session is None or session.asked is not work.train.asked:
+                return NOTHING
+
+            def effects() -> list[Effect]:
+                if isinstance(result, Exception):
+                    raise result
+                return self._stepped(work.run, result)
+
+            # it answers the newest round that was opened
+            return self._kept_first(work.run, Request(work.run, OpenRound.__name__, session.heard), None, effects)
+
+    def _received(self, data: bytes, *, at_once: bool) -> Taken:
+        with self._lock:
+            if self.journal is not None:
+                try:
+                    self._restore(self.journal)
+                except CohortiumError as error:
+                    return self._unkept(error)
+            message = decode_to_site(data, self._limit())
+            request = Request(message.run, type(message).__name__, getattr(message, "round", 0))
+            if self.journal is not None and not isinstance(message, CloseRun):
+                try:
+                    said = self.journal.answers(request)
+                except RoundRefused as error:
+                    return Taken([self._refuse_round(message, error)])
+                except CohortiumError as error:
+                    return self._unkept(error)
+                if said is not None:
+                    return self._again(request, list(said), at_once=at_once)
+            return self._kept_first(message.run, request, message, lambda: self._begun(message), at_once=at_once)
+
+    def _again(self, request: Request, said: list[bytes], *, at_once: bool) -> Taken:
+        """Returns what was said to a request before, and the work for it if a crash ended that."""
+        session = self._sessions.get(request.run)
+        if session is None or request != Request(request.run, OpenRound.__name__, session.heard):
+            return Taken(said)
+        later, effects = again(session)
+        if not effects:
+            return Taken(said)
+        self._sessions[request.run] = later
+        more = self._kept_first(request.run, request, None, lambda: effects, at_once=at_once)
+        return Taken(more.answers or said, more.work)
+
+    def _kept_first(
+        self,
+        run: str,
+        request: Request,
+        message: ToSite | None,
+        begin: Callable[[], list[Effect]],
+        *,
+        at_once: bool = False,
+    ) -> Taken:
+        """Returns what follows from effects; the answers, and the session after them, are in the journal by then."""
+        before, known = self._sessions.get(run), run in self._served
         try:
-            self._restore(self.journal)
-        except CohortiumError as error:
-            return self._unkept(error)
-        message = decode_to_site(data, self._limit())
-        try:
-            return self._once(message, self.journal)
+            taken = self._performed(run, message, begin, at_once=at_once)
+            after = self._sessions.get(run)
+            if self.journal is None:
+                return taken
+            waits = taken.work is not None and not taken.answers
+            if after is not None and not waits and (after is not before or taken.answers):
+                self.journal.keep(self._served[run], request, taken.answers, self._frozen(run, after))
+                self._kept[run] = after
+            elif after is None and (before is not None or known != (run in self._served)):
+                self.journal.keep(self._served[run], request, taken.answers, None)
+            return taken
         except CohortiumError as error:
             return self._unkept(error)
         except BaseException:
             # whatever is in memory may be ahead of the journal
-            self._let_go()
+            if self.journal is not None:
+                self._let_go()
             raise
 
-    def _once(self, message: ToSite, journal: Journal) -> list[bytes]:
-        """Returns the answers to a message: those of the first time, or else new ones, which are then kept.
-
-        Raises:
-            SiteError: the journal failed; nothing may be sent.
-        """
-        run, request = message.run, Request(message.run, type(message).__name__, getattr(message, "round", 0))
-        if not isinstance(message, CloseRun):
-            try:
-                said = journal.answers(request)
-            except RoundRefused as error:
-                return [self._refuse_round(message, error)]
-            if said is not None:
-                return list(said)
-        before, known = self._sessions.get(run), run in self._served
-        answers = self._performed(message)
-        after = self._sessions.get(run)
-        if after is not None and (after is not before or answers):
-            journal.keep(self._served[run], request, answers, self._frozen(run, after))
-            self._kept[run] = after
-        elif after is None and (before is not None or known != (run in self._served)):
-            journal.keep(self._served[run], request, answers, None)
-        return answers
-
-    def _performed(self, message: ToSite) -> list[bytes]:
+    def _performed(
+        self, run: str, message: ToSite | None, begin: Callable[[], list[Effect]], *, at_once: bool
+    ) -> Taken:
         try:
-            return [codec.encode(answer) for answer in self._answers(message)]
+            answers, work = self._followed(run, begin(), at_once=at_once)
+            return Taken([codec.encode(answer) for answer in answers], work)
         except Repeated:
-            return []
+            return NOTHING
         except RoundRefused as error:
-            return [self._refuse_round(message, error)]
+            return Taken([self._refuse_round(message, error)])
         except DataError as error:
-            reason = UNSTATED if self._private(message.run) else error.public
+            reason = UNSTATED if self._private(run) else error.public
             named = SiteError(f"{self.membership.site}: {error}", public=reason)
-            return [self._refuse(message.run, named, reason)]
+            return Taken([self._refuse(run, named, reason)])
         except BudgetExceeded as error:
-            return [self._refuse(message.run, error, error.public)]
+            return Taken([self._refuse(run, error, error.public)])
         except CohortiumError as error:
-            return [self._refuse(message.run, error, str(error))]
+            return Taken([self._refuse(run, error, str(error))])
         except Exception as error:  # noqa: BLE001  whatever went wrong, its text might hold a patient's value
-            short = _lacks_memory(error) and not self._private(message.run)
-            return [self._refuse(message.run, error, _NO_MEMORY if short else _UNSTATED)]
+            short = _lacks_memory(error) and not self._private(run)
+            return Taken([self._refuse(run, error, _NO_MEMORY if short else _UNSTATED)])
 
     @property
     def table(self) -> Table:
@@ -228,7 +333,7 @@ class Agent:
             )
         return self.ledger
 
-    def _answers(self, message: ToSite) -> list[FromSite]:
+    def _begun(self, message: ToSite) -> list[Effect]:
         if isinstance(message, OpenRun):
             self._open(message)
         session = self._sessions.get(message.run)
@@ -236,22 +341,34 @@ class Agent:
             return []
         if session is None:
             raise ProtocolError("a message was refused: no such run is open at this site")
-        answers: list[FromSite] = []
-        events: list[ToSite | Table] = [message]
-        while events:
-            session, effects = step(session, events.pop())
-            self._sessions[message.run] = session
-            for effect in effects:
-                match effect:
-                    case LoadCohort():
-                        events.append(self._cohort(message.run, effect))
-                    case Charge():
-                        events.append(self._charged(message.run, effect))
-                    case Send():
-                        answers.append(effect.message)
-        if session.over:
+        effects = self._stepped(message.run, message)
+        if self._sessions[message.run].over:
             self._forget(message.run)
-        return answers
+        return effects
+
+    def _stepped(self, run: str, event: Event) -> list[Effect]:
+        self._sessions[run], effects = step(self._sessions[run], event)
+        return effects
+
+    def _followed(self, run: str, effects: list[Effect], *, at_once: bool) -> tuple[list[FromSite], Work | None]:
+        """Does what effects ask for and what follows from it; returns what to say, and work that is handed out."""
+        answers: list[FromSite] = []
+        while effects:
+            effect, *effects = effects
+            match effect:
+                case LoadCohort():
+                    effects += self._stepped(run, self._cohort(run, effect))
+                case Charge():
+                    effects += self._stepped(run, self._charged(run, effect))
+                case Train() if at_once:
+                    effects += self._stepped(run, effect.done())
+                case Train():
+                    return answers, Work(run, effect)
+                case Send():
+                    answers.append(effect.message)
+        # whoever contributes need not say first that it will
+        given: list[FromSite] = [answer for answer in answers if isinstance(answer, MaskedUpdate)]
+        return given or answers, None
 
     def _open(self, message: OpenRun) -> None:
         study = study_id_of(message.study)
@@ -303,11 +420,11 @@ class Agent:
         # who is in the cohort is settled when the run is opened
         return replace(frozen, parts={**frozen.parts, _COHORT: codec.encode(self._remembered[run])})
 
-    def _unkept(self, error: Exception) -> list[bytes]:
+    def _unkept(self, error: Exception) -> Taken:
         """Says nothing, because what is said could not be kept. The coordinator asks again."""
         self._let_go()
         self.failure = error
-        return []
+        return NOTHING
 
     def _let_go(self) -> None:
         """Forgets what is in memory, so that the journal is read again."""
@@ -324,7 +441,7 @@ class Agent:
         for kept in (self._sessions, self._cohorts, self._remembered, self._kept):
             kept.pop(run, None)
 
-    def _refuse_round(self, message: ToSite, error: RoundRefused) -> bytes:
+    def _refuse_round(self, message: ToSite | None, error: RoundRefused) -> bytes:
         self.failure = error
         assert isinstance(message, OpenRound | Survivors | Endorsed)
         return codec.encode(Refusal(message.run, self.membership.site, str(error), message.round))

@@ -137,6 +137,8 @@ class Journal(Protocol):
     def keep(self, study: str, request: Request, answers: Sequence[bytes], after: Frozen | None) -> None:
         """Keeps answers and the session after them, both or neither. Only then may the answers be sent.
 
+        Answers are kept once. Only a `Noted` is replaced, by what the site then contributes to the round.
+
         Args:
             after: what is not among its parts stays as it was kept last. None: the run is over. All of it is erased
                 but its name and study, and the answer that ended it.

@@ -1,5 +1,11 @@
 """A site's part in one run: step(session, event) -> (session, effects), without I/O or clock.
 
+    OpenRound -> Charge or LoadCohort -> Table -> Train -> Trained -> MaskedUpdate
+
+Where rounds are buffers, later rounds may open between Train and Trained. They are noted, and what was trained is
+contributed to the newest of them, weighted down by how late it is. It is kept until a survivor set shows that it is in
+a sum. If another round opens before, the contribution came too late, and the same work is protected anew for that one.
+
 Every refusal is final for the run: after one, the session answers nothing more.
 """
 
@@ -17,7 +23,7 @@ from cohortium.core import codec
 from cohortium.core.document import from_canonical
 from cohortium.core.errors import ProtocolError, Repeated
 from cohortium.core.events import Events
-from cohortium.core.layout import Layout, pack
+from cohortium.core.layout import Layout, Statistics, pack
 from cohortium.core.messages import (
     Announcement,
     CloseRun,
@@ -86,10 +92,6 @@ class Send:
     message: FromSite
 
 
-Effect = LoadCohort | Charge | Send
-Event = ToSite | Table
-
-
 @dataclass(frozen=True)
 class Asked:
     """A round that this site is about to contribute to; what is asked for was admitted.
@@ -107,6 +109,56 @@ class Asked:
     selected: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a site's own patients give in a round, and what the algorithm keeps for the next one."""
+
+    asked: Asked
+    statistics: Statistics
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Train:
+    """Effect: call `done`, which may take long, and answer with what it returns.
+
+    Attributes:
+        apart: messages of the run may be dealt with meanwhile.
+    """
+
+    asked: Asked
+    plan: Plan
+    table: Table
+    memory: Memory
+    randomness: Randomness
+    means: Means
+    apart: bool
+
+    def done(self) -> Trained:
+        """Returns the statistics.
+
+        Raises:
+            CohortiumError: the algorithm cannot go on with this site's data.
+        """
+        # what overflows becomes infinite, and encoding refuses that
+        with self.means.training, np.errstate(all="ignore"):
+            found = self.plan.algorithm.local(self.asked.broadcast, self.table, self.memory, self.randomness)
+        return Trained(self.asked, *found)
+
+
+Effect = LoadCohort | Charge | Train | Send
+Event = ToSite | Table | Trained
+
+
+@dataclass(frozen=True)
+class Spare:
+    """Work that was contributed and may have come too late: what was trained in `round`, last sent in `sent`."""
+
+    round: int
+    sent: int
+    statistics: Statistics
+
+
 class Session(msgspec.Struct, frozen=True):
     """Where a site stands in a run. `randomness` is used for this run alone.
 
@@ -115,6 +167,10 @@ class Session(msgspec.Struct, frozen=True):
     Attributes:
         training: what local training draws from.
         public: the root of a public seed; it decides training and rounding, and no key.
+        heard: the newest round that was opened to this site.
+        before, history: its broadcast, and what stands for all broadcasts up to it.
+        asked: the round that it is at work for.
+        spare: where rounds are buffers, the last contribution, until it is known to be in a sum.
     """
 
     membership: Membership
@@ -129,6 +185,8 @@ class Session(msgspec.Struct, frozen=True):
     announced: Announcement | None = None
     member: Member | None = None
     asked: Asked | None = None
+    spare: Spare | None = None
+    heard: int = 0
     before: Any = None
     history: bytes = b""
     memory: Memory = msgspec.field(default_factory=dict)
@@ -148,26 +206,40 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
     """
     if session.over:
         raise ProtocolError("a message was refused: this site's part in the run is over")
-    if not isinstance(event, Table | OpenRun) and event.run != session.run:
+    if isinstance(event, Table | Trained):
+        return _inside(session, event)
+    if not isinstance(event, OpenRun) and event.run != session.run:
         raise ProtocolError("a message was refused: it belongs to another run")
     match event:
         case OpenRun() if session.plan is None:
             return _open_run(session, event)
-        case Table() if session.plan is not None and session.announced is None:
-            return _announce(session)
         case KeySet() if session.announced is not None:
             return _agree(session, event)
-        case OpenRound() if session.member is not None and session.asked is None:
+        case OpenRound() if session.member is not None and _apart(session, session.asked):
             return _open_round(session, event)
         case Survivors() | Endorsed() if session.member is not None:
             return _open_sum(session, session.member, event)
-        case Table() if session.asked is not None:
-            return _contribute(session, session.asked, event)
         case CloseRun():
             blank = Randomness(bytes(32))
-            ended = replace(session, over=True, private=None, member=None, before=None, memory={})
+            ended = replace(
+                session, over=True, private=None, member=None, asked=None, spare=None, before=None, memory={}
+            )
             return replace(ended, randomness=blank, training=blank, public=None), []
     raise ProtocolError("a message was refused: it came twice or out of order")
+
+
+def _inside(session: Session, event: Table | Trained) -> tuple[Session, list[Effect]]:
+    """Returns the session after something that was asked for at the site itself."""
+    plan, asked = session.plan, session.asked
+    match event:
+        case Table() if plan is not None and session.announced is None:
+            return _announce(session)
+        case Table() if plan is not None and asked is not None and session.training is not None:
+            apart = _apart(session, asked)
+            return session, [Train(asked, plan, event, session.memory, session.training, session.means, apart)]
+        case Trained() if asked is not None and asked is event.asked:
+            return _trained(session, event)
+    raise ProtocolError("nobody asked for this cohort or training")
 
 
 def _open_run(session: Session, message: OpenRun) -> tuple[Session, list[Effect]]:
@@ -218,17 +290,30 @@ def _agree(session: Session, message: KeySet) -> tuple[Session, list[Effect]]:
     return replace(session, private=None, member=member), []
 
 
+def again(session: Session) -> tuple[Session, list[Effect]]:
+    """Returns the session that takes up the work that a crash ended: for the newest round that it noted, if any."""
+    plan, member, number = session.plan, session.member, session.heard
+    if session.over or plan is None or member is None or session.asked is not None or not plan.buffers(number):
+        return session, []
+    return (session, []) if member.last_round >= number else _asked(session)
+
+
+def _apart(session: Session, asked: Asked | None) -> bool:
+    """Returns whether rounds may open although the site is at work."""
+    return asked is None or (session.plan is not None and session.plan.buffers(asked.round))
+
+
 def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effect]]:
     assert session.plan is not None and session.member is not None
-    plan, last = session.plan, session.member.last_round
+    plan, member, last = session.plan, session.member, session.heard
     earliest = opened.round - len(opened.missed)
     if opened.round <= last:
-        raise Repeated(f"round {opened.round} was refused: round {last} is already protected")
+        raise Repeated(f"round {opened.round} was refused: round {last} is already protected, or being worked for")
     if not earliest <= last + 1 or opened.round > plan.rounds:
         raise ProtocolError(f"round {opened.round} was refused: it is out of order or beyond the study's rounds")
     if opened.missed and not plan.may_miss:
         raise ProtocolError(f"round {opened.round} was refused: the study lets no site miss a round")
-    _check_selected(plan, session.member.group, opened)
+    _check_selected(plan, member.group, opened)
     algorithm, before, history = plan.algorithm, session.before, session.history
     # it may have contributed to a round in which its contribution was lost
     unseen = opened.missed[last + 1 - earliest :]
@@ -237,14 +322,39 @@ def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effe
             broadcast = codec.decode(data, algorithm.broadcast_type)
             algorithm.admit(broadcast, before)
             before, history = broadcast, keys.history(history, data)
-        layout = algorithm.layout(broadcast)
+    session = replace(session, heard=opened.round, before=before, history=history)
     site = session.membership.site
     if opened.selected and site not in opened.selected:
-        later = replace(session, member=session.member.passed(opened.round), before=before, history=history)
+        later = replace(session, member=member.passed(opened.round))
         return later, [Send(Noted(session.run, site, opened.round))]
+    return _buffered(session, opened) if plan.buffers(opened.round) else _asked(session, opened.selected)
+
+
+def _buffered(session: Session, opened: OpenRound) -> tuple[Session, list[Effect]]:
+    """Returns the session after a round that is a buffer was opened: to work that is done, going on, or to be begun."""
+    spare, plan = session.spare, session.plan
+    assert plan is not None and plan.buffer is not None
+    if spare is not None and spare.sent != opened.summed and opened.round - spare.round <= plan.buffer.latest:
+        with session.means.training:
+            layout = plan.algorithm.layout(session.before)
+        return _contribute(session, spare.round, spare.statistics, layout)
+    noted = Send(Noted(session.run, session.membership.site, opened.round))
+    if session.asked is not None:
+        return session, [noted]
+    session, effects = _asked(session)
+    return session, [noted, *effects]
+
+
+def _asked(session: Session, selected: tuple[str, ...] = ()) -> tuple[Session, list[Effect]]:
+    """Returns the session that works for the newest round."""
+    plan = session.plan
+    assert plan is not None
+    with session.means.training:
+        layout = plan.algorithm.layout(session.before)
     cost = plan.stages(layout).events()
-    asked = replace(session, asked=Asked(opened.round, broadcast, history, layout, opened.selected))
-    return asked, [Charge(plan, opened.round, cost) if cost else LoadCohort(plan, ())]
+    asked = Asked(session.heard, session.before, session.history, layout, selected)
+    session = replace(session, asked=asked, spare=None)
+    return session, [Charge(plan, asked.round, cost) if cost else LoadCohort(plan, ())]
 
 
 def _check_selected(plan: Plan, agreed: Group, opened: OpenRound) -> None:
@@ -261,27 +371,39 @@ def _check_selected(plan: Plan, agreed: Group, opened: OpenRound) -> None:
         )
 
 
-def _contribute(session: Session, asked: Asked, table: Table) -> tuple[Session, list[Effect]]:
-    plan, member, layout = session.plan, session.member, asked.layout
-    assert plan is not None and member is not None and session.training is not None
-    # what overflows becomes infinite, and encoding refuses that
-    with session.means.training, np.errstate(all="ignore"):
-        statistics, memory = plan.algorithm.local(asked.broadcast, table, session.memory, session.training)
-    own = session.randomness.child("round", asked.round)
-    public = session.public
-    drawn = own if public is None else public.child("encoding", session.membership.site, asked.round)
+def _trained(session: Session, trained: Trained) -> tuple[Session, list[Effect]]:
+    asked, plan = trained.asked, session.plan
+    assert plan is not None
+    later = replace(session, asked=None, memory=trained.memory)
+    if plan.buffer is not None and session.heard - asked.round > plan.buffer.latest:
+        return _asked(later)
+    return _contribute(later, asked.round, trained.statistics, asked.layout, asked.selected)
+
+
+def _contribute(
+    session: Session, number: int, statistics: Statistics, layout: Layout, selected: tuple[str, ...] = ()
+) -> tuple[Session, list[Effect]]:
+    """Returns the session that contributes what was trained in a round to the newest one."""
+    plan, member, heard = session.plan, session.member, session.heard
+    assert plan is not None and member is not None
+    spare = Spare(number, heard, statistics) if plan.buffers(number) else None
+    if heard > number:
+        statistics = plan.stale(session.before, statistics, heard - number)
+    own, public = session.randomness.child("round", heard), session.public
+    drawn = own if public is None else public.child("encoding", session.membership.site, heard)
     encoded = plan.stages(layout).encode(pack(layout, statistics), drawn)
-    scheme = plan.scheme(plan.summing(member.group, asked.selected), layout, session.means)
-    stands = keys.among(asked.history, asked.selected)
-    update, member = member.protect(asked.round, stands, scheme, encoded, own)
-    later = replace(session, member=member, asked=None, before=asked.broadcast, history=asked.history, memory=memory)
-    return later, [Send(update)]
+    scheme = plan.scheme(plan.summing(member.group, selected), layout, session.means)
+    update, member = member.protect(heard, keys.among(session.history, selected), scheme, encoded, own)
+    # where sums open by themselves, no survivor set is told: then all are in it
+    return replace(session, member=member, spare=spare if scheme.opens else None), [Send(update)]
 
 
 def _open_sum(session: Session, member: Member, event: Survivors | Endorsed) -> tuple[Session, list[Effect]]:
     answer: FromSite
     if isinstance(event, Survivors):
         answer, member = member.endorse(event)
+        if session.spare is not None and session.spare.sent == event.round:
+            session = replace(session, spare=None)
     else:
         answer, member = member.reveal(event)
     return replace(session, member=member), [Send(answer)]

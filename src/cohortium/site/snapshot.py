@@ -13,8 +13,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cohortium.core import codec
-from cohortium.core.document import canonical_bytes, from_canonical
+from cohortium.core.document import from_canonical
 from cohortium.core.errors import ProtocolError
+from cohortium.core.layout import Statistics
 from cohortium.core.messages import Announcement
 from cohortium.core.random import Randomness
 from cohortium.plan import Compiler, Plan, compile_study
@@ -23,11 +24,11 @@ from cohortium.secagg.keys import Pairs
 from cohortium.secagg.protocol import Member, Pending
 from cohortium.secagg.stream import PLAIN, Means
 from cohortium.site.ports import Frozen
-from cohortium.site.session import Membership, Session
+from cohortium.site.session import Membership, Session, Spare
 
 VERSION = 1
-BEFORE, MEMORY = "before", "memory"
-"""The large parts: the last broadcast, and what the algorithm keeps at the site."""
+BEFORE, MEMORY, SPARE = "before", "memory", "spare"
+"""The large parts: the last broadcast, what the algorithm keeps at the site, and work that may have come too late."""
 
 
 class _Round(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -66,6 +67,8 @@ class _Session(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     announced: Announcement | None
     member: _Member | None
     history: bytes
+    heard: int = 0
+    spare: tuple[int, int] | None = None
 
 
 def freeze(session: Session, since: Session | None = None) -> Frozen:
@@ -86,7 +89,7 @@ def freeze(session: Session, since: Session | None = None) -> Frozen:
         version=VERSION,
         site=session.membership.site,
         run=session.run,
-        study=canonical_bytes(plan.study),
+        study=plan.document,
         randomness=session.randomness.key,
         training=session.training.key,
         public=session.public.key if session.public else b"",
@@ -94,12 +97,16 @@ def freeze(session: Session, since: Session | None = None) -> Frozen:
         announced=session.announced,
         member=_frozen_member(session.member) if session.member else None,
         history=session.history,
+        heard=session.heard,
+        spare=(session.spare.round, session.spare.sent) if session.spare else None,
     )
     parts = {}
     if since is None or since.before is not session.before:
         parts[BEFORE] = b"" if session.before is None else codec.encode(session.before)
     if since is None or since.memory is not session.memory:
         parts[MEMORY] = codec.encode(dict(session.memory)) if session.memory else b""
+    if _spare(since) is not _spare(session):
+        parts[SPARE] = codec.encode(dict(session.spare.statistics)) if session.spare else b""
     return Frozen(codec.encode(kept), parts)
 
 
@@ -135,10 +142,23 @@ def thaw(
         private=_private(kept.private) if kept.private else None,
         announced=kept.announced,
         member=_thawed_member(kept, kept.member, plan, means) if kept.member else None,
+        spare=_thawed_spare(kept, frozen.parts.get(SPARE, b"")),
+        heard=max(kept.heard, kept.member.last_round if kept.member else 0),
         before=codec.decode(before, plan.algorithm.broadcast_type) if before else None,
         history=kept.history,
         memory=codec.decode(memory, dict[str, np.ndarray]) if memory else {},
     )
+
+
+def _spare(session: Session | None) -> Statistics | None:
+    return session.spare.statistics if session is not None and session.spare else None
+
+
+def _thawed_spare(kept: _Session, data: bytes) -> Spare | None:
+    if kept.spare is None:
+        return None
+    statistics = codec.decode(data, dict[str, np.ndarray])
+    return Spare(*kept.spare, statistics)
 
 
 class _Versioned(msgspec.Struct, frozen=True):

@@ -1,7 +1,8 @@
 """An agent at its link: it takes what coordinators ask, has the agent answer, and sends the answers.
 
-Short work is done at once; what may take long is done on a thread, so that the link stays alive and other runs are
-answered meanwhile. Messages of one run are dealt with in their order, one at a time.
+Short work is done at once; what may take long is done on a thread, so that the link stays alive. Training has threads
+of its own: other runs are answered meanwhile, and where rounds are buffers, so is the run itself. Messages of one run
+are dealt with in their order, one at a time.
 """
 
 import asyncio
@@ -10,10 +11,12 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from cohortium.core.errors import CohortiumError, ProtocolError
-from cohortium.core.messages import kind_of
+from cohortium.core.messages import MaskedUpdate, kind_of
+from cohortium.site.agent import NOTHING, Taken, Work
+from cohortium.site.session import Trained
 
 log = logging.getLogger("cohortium.agent")
 _SHORT = 0.02
@@ -27,11 +30,21 @@ class Answers(Protocol):
     """What answers a site's messages: `cohortium.site.agent.Agent`. Calls of several threads are safe."""
 
     def receive(self, data: bytes) -> list[bytes]:
-        """Returns the answers to a message.
+        """Returns the answers to a message, training at once if it asks for that.
 
         Raises:
             ProtocolError: it is none.
         """
+
+    def take(self, data: bytes) -> Taken:
+        """Returns the answers to a message, and the training that it asks for.
+
+        Raises:
+            ProtocolError: it is none.
+        """
+
+    def finish(self, work: Work, result: Trained | Exception) -> Taken:
+        """Returns the answers that follow from a training."""
 
 
 class Carrier(Protocol):
@@ -53,10 +66,14 @@ Prepare = Callable[[bytes], Awaitable[None]]
 
 @dataclass
 class _Queue:
-    """One run's messages that wait, and how long its last one took."""
+    """One run's messages that wait, how long its last one took, and its last two trainings.
+
+    The last two, because a short phase says little about the one after it.
+    """
 
     waiting: "asyncio.Queue[bytes]" = field(default_factory=asyncio.Queue)
     seconds: float = math.inf
+    trained: tuple[float, float] = (math.inf, math.inf)
     task: "asyncio.Task[None] | None" = None
 
 
@@ -66,6 +83,7 @@ class Attendant:
     Args:
         clock: monotonic seconds.
         pool: a thread for what takes long.
+        trainers: threads for training.
         prepare: is awaited before the first message of a run.
         answered: is told of what was done.
     """
@@ -75,56 +93,105 @@ class Attendant:
         agent: Answers,
         link: Carrier,
         pool: Executor,
+        trainers: Executor,
         clock: Callable[[], float],
         prepare: Prepare,
         answered: Answered = lambda run, kind, seconds, refused: None,
     ) -> None:
-        self._agent, self._link, self._pool, self._clock = agent, link, pool, clock
+        self._agent, self._link, self._pool, self._trainers, self._clock = agent, link, pool, trainers, clock
         self._prepare, self._answered = prepare, answered
         self._runs: dict[str, _Queue] = {}
+        self._apart: set[asyncio.Task[None]] = set()
+        self._busy = 0
 
     async def serve(self) -> None:
         """Works until the link is closed."""
         try:
             async for run, data in self._link.messages():
                 queue = self._runs.setdefault(run, _Queue())
-                if self._idle and queue.seconds < _SHORT and len(data) < _SMALL:
-                    await self._deal(run, queue, data, at_once=True)
+                idle = not self._busy and queue.task is None
+                if idle and queue.seconds < _SHORT and len(data) < _SMALL:
+                    work = await self._deal(run, queue, data, at_once=True)
+                    if work is not None:
+                        queue.task = asyncio.create_task(self._work(run, queue, work))
                     continue
                 queue.waiting.put_nowait(data)
                 if queue.task is None:
                     queue.task = asyncio.create_task(self._work(run, queue))
                 self._forget_some()
         finally:
-            tasks = [queue.task for queue in self._runs.values() if queue.task]
+            tasks = [*self._apart, *(queue.task for queue in self._runs.values() if queue.task)]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _work(self, run: str, queue: _Queue) -> None:
+    async def _work(self, run: str, queue: _Queue, work: Work | None = None) -> None:
         try:
+            if work is not None:
+                await self._train(run, queue, work)
             while not queue.waiting.empty():
-                await self._deal(run, queue, queue.waiting.get_nowait(), at_once=False)
+                work = await self._deal(run, queue, queue.waiting.get_nowait(), at_once=False)
+                if work is not None:
+                    await self._train(run, queue, work)
         finally:
             queue.task = None
 
-    async def _deal(self, run: str, queue: _Queue, data: bytes, *, at_once: bool) -> None:
+    async def _deal(self, run: str, queue: _Queue, data: bytes, *, at_once: bool) -> Work | None:
+        """Answers a message; returns work that comes before the run's next message."""
         began = self._clock()
+        if queue.seconds == math.inf:
+            await self._prepared(data)
+        taken = await self._taken(run, queue, data, at_once=at_once)
+        if taken is None:
+            return None
+        queue.seconds = self._clock() - began
+        if taken.work is None or taken.answers:
+            await self._say(run, queue, taken.answers, queue.seconds)
+        if taken.work is None or not taken.work.apart:
+            return taken.work
+        task = asyncio.create_task(self._train(run, queue, taken.work))
+        self._apart.add(task)
+        task.add_done_callback(self._apart.discard)
+        return None
+
+    async def _taken(self, run: str, queue: _Queue, data: bytes, *, at_once: bool) -> Taken | None:
         try:
-            if queue.seconds == math.inf:
-                await self._prepared(data)
-            if at_once:
-                answers = self._agent.receive(data)
-            else:
-                answers = await asyncio.get_running_loop().run_in_executor(self._pool, self._agent.receive, data)
+            if at_once and max(queue.trained) < _SHORT:
+                return Taken(self._agent.receive(data))
+            return self._agent.take(data) if at_once else await self._in_turn(self._agent.take, data)
         except ProtocolError as error:
             log.warning("a coordinator's message was refused", extra={"run": run, "reason": str(error)})
-            return
-        queue.seconds = self._clock() - began
+        except Exception as error:  # noqa: BLE001 (one run's failure must not end the others; its text may be private)
+            _failed(run, error)
+        return None
+
+    async def _train(self, run: str, queue: _Queue, work: Work | None) -> None:
+        loop = asyncio.get_running_loop()
+        while work is not None:
+            began, taken = self._clock(), NOTHING
+            try:
+                result = await loop.run_in_executor(self._trainers, work.done)
+                taken = await self._in_turn(self._agent.finish, work, result)
+            except Exception as error:  # noqa: BLE001 (as above)
+                _failed(run, error)
+            await self._say(run, queue, taken.answers, self._clock() - began)
+            work = taken.work
+
+    async def _in_turn(self, call: Callable[..., Taken], *given: Any) -> Taken:
+        """Has the agent do something on its thread: its state is one."""
+        self._busy += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call, *given)
+        finally:
+            self._busy -= 1
+
+    async def _say(self, run: str, queue: _Queue, answers: list[bytes], seconds: float) -> None:
         for answer in answers:
             await self._link.send(run, answer)
         kinds = [kind_of(answer) for answer in answers]
-        self._answered(run, kinds[0] if kinds else "none", queue.seconds, "Refusal" in kinds)
+        if MaskedUpdate.__name__ in kinds:
+            queue.trained = queue.trained[1], seconds
+        self._answered(run, kinds[0] if kinds else "none", seconds, "Refusal" in kinds)
 
     async def _prepared(self, data: bytes) -> None:
         try:
@@ -132,12 +199,12 @@ class Attendant:
         except CohortiumError as error:
             log.warning("not all is ready for a run", extra={"reason": str(error)})
 
-    @property
-    def _idle(self) -> bool:
-        """Whether nothing is being worked on: the agent does one thing at a time."""
-        return all(queue.task is None for queue in self._runs.values())
-
     def _forget_some(self) -> None:
         idle = [run for run, queue in self._runs.items() if queue.task is None]
         for run in idle[: max(0, len(self._runs) - _MOST_KNOWN)]:
             del self._runs[run]
+
+
+def _failed(run: str, error: Exception) -> None:
+    reason = type(error).__name__
+    log.error("a message could not be dealt with; it is asked again", extra={"run": run, "reason": reason})

@@ -24,6 +24,12 @@ T = TypeVar("T")
 _PATIENCE = 10.0
 """Seconds that one call may take at one coordinator."""
 _MOST_RESULT = 1 << 31
+_OPTIONS = [
+    # a coordinator that was away is asked again as soon as it is back, not minutes later
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Consortium:
         if not addresses:
             raise StudyError("no coordinator's address is known: give one, as in host:7400")
         secured = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
-        self._channels = [grpc.secure_channel(address, secured) for address in addresses]
+        self._channels = [grpc.secure_channel(address, secured, _OPTIONS) for address in addresses]
         self._stubs = [pb_grpc.ConsortiumStub(channel) for channel in self._channels]
         self._name, self._wait, self._current = name, wait, 0
 
@@ -178,15 +184,14 @@ class Consortium:
 
     def result(self, run: str) -> bytes:
         """Returns the bytes of a finished run's result."""
-        data = b""
+        data = bytearray()
 
         def fetched(stub: Any) -> bytes:
-            nonlocal data
             for part in stub.Result(pb.ResultRequest(run=run, offset=len(data))):
-                if part.offset != len(data) or part.total > _MOST_RESULT:
+                if part.offset != len(data) or not len(data) + len(part.data) <= part.total <= _MOST_RESULT:
                     raise ProtocolError("a result was refused: its parts do not follow each other")
-                data += part.data
-            return data
+                data.extend(part.data)
+            return bytes(data)
 
         return self._call(fetched)
 

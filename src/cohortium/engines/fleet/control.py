@@ -7,7 +7,9 @@ and steers the runs that they submitted, an operator all of them.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -21,6 +23,7 @@ from cohortium.coordinator.keepsake import Keepsake, pack
 from cohortium.coordinator.ports import ENDED, Desk, RunEvent, RunRow, SiteRow, Terms, Unavailable, Wish
 from cohortium.core.document import MAX_DOCUMENT_BYTES, from_canonical, study_id_of
 from cohortium.core.errors import CohortiumError, PolicyRefused, StudyError
+from cohortium.core.messages import MOST_SEED
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
 from cohortium.engines.fleet.v1 import fleet_pb2_grpc as pb_grpc
 from cohortium.plan import Compiler, compile_study
@@ -31,6 +34,8 @@ _LOOK = 0.5
 """Seconds after which a watcher looks at the store, whether or not it heard of news."""
 _LONGEST_NAME = 80
 _LONGEST_WAIT = 30 * 86400.0
+_MOST_STREAMS = {"events": 64, "results": 8}
+"""Streams that one person may have open at one coordinator; a result is in memory until it was read."""
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -79,6 +84,7 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
         present: tells which sites are attached, and where.
         news: tells of changes in the store.
         allow: whether a caller may ask for something now, by name; a rate limit.
+        clock: the time, with its zone.
         compiler: turns a study into a plan.
     """
 
@@ -89,9 +95,11 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
         present: Callable[[Sequence[str]], Awaitable[Mapping[str, Presence]]],
         news: News,
         allow: Callable[[str], Awaitable[bool]],
+        clock: Callable[[], datetime],
         compiler: Compiler = compile_study,
     ) -> None:
-        self._compiler = compiler
+        self._compiler, self._clock = compiler, clock
+        self._streams = Counter[tuple[Caller, str]]()
         self._desk, self._sites, self._present, self._news, self._allow = desk, sites, present, news, allow
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.Run:  # noqa: N802  gRPC's own name
@@ -100,8 +108,16 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
                 raise StudyError("a run was refused: its name or its study is missing or too long")
             if not request.run.isprintable() or "/" in request.run:
                 raise StudyError("a run was refused: its name holds characters that no name needs")
-            plan = self._compiler(from_canonical(request.study))
+            # on a thread: privacy takes a while to account for, and the sites' streams go on meanwhile
+            plan = await asyncio.to_thread(lambda: self._compiler(from_canonical(request.study)))
+            if plan.study.aggregation.protocol == "ckks-single-key":
+                raise StudyError(
+                    "a run was refused: the protocol 'ckks-single-key' needs one secret key at all hospitals, which is "
+                    "given to none over a network; simulate it, or take masking or rlwe"
+                )
             seed = request.seed if request.HasField("seed") else None
+            if seed is not None and seed > MOST_SEED:
+                raise StudyError(f"a seed was refused: {MOST_SEED} is the largest")
             if seed is not None and plan.noise is not None:
                 raise StudyError(
                     "a seed was refused: the study asks for differential privacy, whose randomness nobody may know; "
@@ -112,6 +128,8 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
                 raise StudyError(f"the study includes {', '.join(unknown)}, not enrolled in this consortium")
             study = study_id_of(request.study)
             terms = _terms(request.terms) if request.HasField("terms") else Terms()
+            if terms.priority > 0 and caller.role != "operator":
+                raise PolicyRefused("a priority above 0 was refused: only an operator puts a run before others' runs")
             return await self._desk.submit(
                 request.run, study, request.study, f"{caller.role}:{caller.name}", plan.sites, terms, seed
             )
@@ -129,7 +147,7 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
 
     async def SetWish(self, request: pb.SetWishRequest, context: Context) -> pb.Run:  # noqa: N802
         async def wished(caller: Caller) -> RunRow:
-            if request.wish == pb.WISH_UNSPECIFIED:
+            if request.wish not in (pb.WISH_RUN, pb.WISH_PAUSE, pb.WISH_CANCEL):
                 raise StudyError("a wish was refused: say run, pause or cancel")
             await self._visible(caller, request.run)
             wish = cast(Wish, pb.Wish.Name(request.wish).removeprefix("WISH_").lower())
@@ -138,23 +156,25 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
         return to_run(await self._answer(context, "steer", wished))
 
     async def Events(self, request: pb.EventsRequest, context: Context) -> AsyncIterator[pb.Event]:  # noqa: N802
-        row = await self._answer(context, "read", lambda caller: self._visible(caller, request.run))
-        after = request.after
-        while True:
-            ended = row.status in ENDED
-            for event in await self._answer(context, "", partial(self._since, request.run, after)):
-                after = event.seq
-                facts = json.dumps(dict(event.facts)).encode()
-                yield pb.Event(seq=event.seq, at=_seconds(event.at), kind=event.kind, facts=facts)
-            if ended:
-                return
-            await self._news.wait(f"run:{request.run}", _LOOK)
-            row = await self._answer(context, "", lambda caller: self._visible(caller, request.run))
+        async with self._stream(context, "events"):
+            row = await self._answer(context, "read", lambda caller: self._visible(caller, request.run))
+            after = request.after
+            while True:
+                ended = row.status in ENDED
+                for event in await self._answer(context, "", partial(self._since, request.run, after)):
+                    after = event.seq
+                    facts = json.dumps(dict(event.facts)).encode()
+                    yield pb.Event(seq=event.seq, at=_seconds(event.at), kind=event.kind, facts=facts)
+                if ended:
+                    return
+                await self._news.wait(f"run:{request.run}", _LOOK)
+                row = await self._answer(context, "", lambda caller: self._visible(caller, request.run))
 
     async def Result(self, request: pb.ResultRequest, context: Context) -> AsyncIterator[pb.ResultPart]:  # noqa: N802
-        data = await self._answer(context, "read", lambda caller: self._result(caller, request.run))
-        for offset in range(min(request.offset, len(data)), len(data), _PART):
-            yield pb.ResultPart(total=len(data), offset=offset, data=data[offset : offset + _PART])
+        async with self._stream(context, "results"):
+            data = await self._answer(context, "read", lambda caller: self._result(caller, request.run))
+            for offset in range(min(request.offset, len(data)), len(data), _PART):
+                yield pb.ResultPart(total=len(data), offset=offset, data=data[offset : offset + _PART])
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:  # noqa: N802
         async def status(caller: Caller) -> pb.StatusReply:
@@ -187,15 +207,29 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
     async def _since(self, run: str, after: int, _: Caller) -> Sequence[RunEvent]:
         return await self._desk.events(run, after)
 
+    @asynccontextmanager
+    async def _stream(self, context: Context, kind: str) -> AsyncGenerator[None]:
+        """Counts a stream of the caller's; ends the call where there are too many, since each one is kept going."""
+        mine, most = (await _caller(context, self._clock()), kind), _MOST_STREAMS[kind]
+        if self._streams[mine] >= most:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} streams of {kind} are the most: end one")
+        self._streams[mine] += 1
+        try:
+            yield
+        finally:
+            self._streams[mine] -= 1
+            if not self._streams[mine]:
+                del self._streams[mine]
+
     async def _visible(self, caller: Caller, run: str) -> RunRow:
-        row = await self._desk.run(run)
+        row = await self._desk.run(run) if run.isprintable() and len(run) <= _LONGEST_NAME else None
         if row is None or not _may(caller, row):
             raise StudyError(f"there is no run '{run}' among those that you may see")
         return row
 
     async def _answer(self, context: Context, what: str, work: Callable[[Caller], Awaitable[T]]) -> T:
         """Returns what `work` gives for the caller; ends the call with a status where it fails."""
-        caller = await _caller(context)
+        caller = await _caller(context, self._clock())
         try:
             if what and not await self._allow(f"{what}:{caller.role}:{caller.name}"):
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests: wait a little")
@@ -209,7 +243,7 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
         raise AssertionError("abort does not return")
 
 
-async def _caller(context: Context) -> Caller:
+async def _caller(context: Context, now: datetime) -> Caller:
     """Returns who calls; ends the call of whoever is no person of this consortium."""
     certificates = context.auth_context().get("x509_pem_cert", [])
     try:
@@ -217,6 +251,9 @@ async def _caller(context: Context) -> Caller:
     except (CohortiumError, ValueError):
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "show a certificate of this consortium")
         raise
+    # TLS looks at the beginning of a connection, which may last for months
+    if principal.not_after <= now:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate has expired: ask for a new one")
     if principal.role not in ("operator", "researcher"):
         log.warning("a call was refused: no person's certificate", extra={"principal": principal.name})
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this is for operators and researchers")

@@ -60,7 +60,7 @@ class Exchange(Protocol):
 
 
 Admit = Callable[[str, int, datetime], str | None]
-"""Returns why a site with a certificate (name, serial, not_after) is not let in, or None. It must not block."""
+"""Returns why a site with a certificate (name, serial, issued) is not let in, or None. It must not block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class Gateway:
             return "only a site's certificate opens a stream"
         if who.not_after <= self._clock():
             return "the certificate has expired"
-        return self._admit(who.name, who.serial, who.not_after)
+        return self._admit(who.name, who.serial, who.issued)
 
     async def _attach(self, _: object, context: Any) -> None:
         who = None
