@@ -22,9 +22,9 @@ import psutil
 
 from bench_engine import empty_study
 from cohortium.bootstrap.loopback import Loopback
+from cohortium.core.features import Number
 from cohortium.core.study import Purpose, Study
 from cohortium.engines.fleet.client import RunHandle
-from cohortium.core.features import Number
 from machine import processor
 
 HERE = Path(__file__).parent
