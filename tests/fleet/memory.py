@@ -63,7 +63,7 @@ class MemoryStore:
     async def peers(self, stale: float) -> Sequence[str]:
         return [name for name, (_, seen) in self.beats.items() if self.clock() - seen <= stale]
 
-    async def claim(self, me: str, stale: float, most: int) -> list[Claim]:
+    async def claim(self, me: str, stale: float, most: int, share: int = 1_000_000) -> list[Claim]:
         living = {me, *await self.peers(stale)}
         free = [
             row

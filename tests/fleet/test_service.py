@@ -12,6 +12,7 @@ import pytest
 
 import cohortium as co
 from cohortium.bootstrap.simulation import coordinator_key, simulated_agents
+from cohortium.coordinator import service
 from cohortium.coordinator.exchange import Exchange
 from cohortium.coordinator.keepsake import Keepsake, pack, unpack
 from cohortium.coordinator.ports import RunRow, SiteRow, Terms
@@ -139,9 +140,15 @@ def test_a_run_gives_what_a_simulation_gives(study: Study) -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["saved first", "saved beside"])
 @pytest.mark.parametrize("save", range(1, 9))
 @pytest.mark.parametrize("study", [co.load_example(), tolerant()], ids=["all sites", "one may be lost"])
-def test_another_coordinator_takes_over_at_any_point_and_nothing_is_lost(study: Study, save: int) -> None:
+def test_another_coordinator_takes_over_at_any_point_and_nothing_is_lost(
+    study: Study, save: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if beside:
+        monkeypatch.setattr(service, "_BESIDE", -1)
+
     async def go() -> None:
         cluster = Cluster.of(study)
         first, second = cluster.start("one"), cluster.start("two")
@@ -163,8 +170,14 @@ def test_another_coordinator_takes_over_at_any_point_and_nothing_is_lost(study: 
 
 
 @pytest.mark.parametrize("fault", ["before", "after"])
+@pytest.mark.parametrize("beside", [False, True], ids=["saved first", "saved beside"])
 @pytest.mark.parametrize("save", range(6))
-def test_a_store_that_fails_in_the_middle_of_a_write_loses_and_repeats_nothing(fault: Fault, save: int) -> None:
+def test_a_store_that_fails_in_the_middle_of_a_write_loses_and_repeats_nothing(
+    fault: Fault, save: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if beside:
+        monkeypatch.setattr(service, "_BESIDE", -1)
+
     async def go() -> None:
         study = tolerant()
         cluster = Cluster.of(study)

@@ -126,6 +126,21 @@ def test_eight_claimers_share_runs_without_a_double(stores: Stores) -> None:
     asyncio.run(scenario())
 
 
+def test_nobody_begins_more_than_a_share(stores: Stores) -> None:
+    async def go() -> None:
+        async with cleared(stores) as here:
+            await here.runs.beat("one", "a:1")
+            for number in range(5):
+                await submit(here, f"hers-{number}", "her")
+            await submit(here, "his", "him")
+            taken = [claim.row.run for claim in await here.runs.claim("one", STALE, 10, 2)]
+            assert sorted(taken) == ["hers-0", "hers-1", "his"]
+            assert await here.runs.claim("one", STALE, 10, 2) == []
+            assert len(await here.runs.claim("one", STALE, 10, 3)) == 1
+
+    asyncio.run(go())
+
+
 def test_queued_runs_come_in_fair_order(stores: Stores) -> None:
     async def scenario() -> None:
         async with cleared(stores) as here:

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from cohortium.adapters.postgres import sentence
 from cohortium.coordinator.ports import Unavailable
+from cohortium.core.errors import CohortiumError
 
 _PREFIX = "cohortium:"
 _BOX_SECONDS = 120
@@ -50,16 +51,20 @@ class RedisBus:
 
     def __init__(self, url: str) -> None:
         retry = Retry(ConstantBackoff(0.02), 1)
-        self._redis: redis.Redis = redis.Redis.from_url(
-            url,
-            protocol=2,
-            decode_responses=False,
-            socket_connect_timeout=3,
-            socket_timeout=_SECONDS,
-            **({} if url.startswith("unix") else {"socket_keepalive": True}),
-            health_check_interval=0,
-            retry=retry,
-        )
+        try:
+            self._redis: redis.Redis = redis.Redis.from_url(
+                url,
+                protocol=2,
+                decode_responses=False,
+                socket_connect_timeout=3,
+                socket_timeout=_SECONDS,
+                **({} if url.startswith("unix") else {"socket_keepalive": True}),
+                health_check_interval=0,
+                retry=retry,
+            )
+        except ValueError:
+            # what the library says may hold a password
+            raise CohortiumError("the Redis URL cannot be read; write redis://HOST:PORT/0 or unix:///PATH") from None
         self._allow = self._redis.register_script(_ALLOW)
 
     async def close(self) -> None:

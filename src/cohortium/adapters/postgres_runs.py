@@ -77,6 +77,7 @@ WITH live AS (
 ), next AS (
     SELECT array_agg(run) AS runs FROM (
         SELECT run FROM turns
+        WHERE begun OR turn <= %(share)s::bigint * (SELECT count(*) FROM live)
         ORDER BY begun DESC, priority DESC, CASE WHEN begun THEN 0 ELSE turn END, submitted, run
         LIMIT %(most)s::integer + 64
     ) AS turns
@@ -201,10 +202,10 @@ class PostgresRuns:
 
         return await self._heart.do(work)
 
-    async def claim(self, me: str, stale: float, most: int) -> list[Claim]:
+    async def claim(self, me: str, stale: float, most: int, share: int = 1_000_000) -> list[Claim]:
         """Takes the lead of runs that want one. Two that claim at once may each count the owners as they were."""
         # what an earlier call took, whose answer was lost, is led by nobody, and is taken again
-        facts = {"me": me, "stale": stale, "most": most, "held": list(self._held)}
+        facts = {"me": me, "stale": stale, "most": most, "share": share, "held": list(self._held)}
 
         async def work(connection: Connection) -> list[Claim]:
             async with connection.transaction():

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from cohortium.coordinator.ports import ENDED, RunEvent
 
+_MOST_OPEN = 1000
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
 
 
@@ -105,6 +106,9 @@ class Tracer:
         if self._tracer is None:
             return
         if run not in self._open:
+            # a run that another coordinator took over ends there
+            while len(self._open) >= _MOST_OPEN:
+                self._open.pop(next(iter(self._open))).end()
             self._open[run] = self._tracer.start_span("run", attributes={"cohortium.run": run})
         self.took(run, event.kind, float(event.facts.get("seconds", 0.0)), int(event.facts.get("number", 0)))
         if event.kind in ENDED:

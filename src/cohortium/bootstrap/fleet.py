@@ -40,7 +40,8 @@ from cohortium.engines.fleet.attendant import Attendant
 from cohortium.engines.fleet.control import ConsortiumService, News
 from cohortium.engines.fleet.enrolment import OPTIONS as ENTRANCE
 from cohortium.engines.fleet.enrolment import EnrolmentService, MembershipService, server_credentials
-from cohortium.engines.fleet.gateway import OPTIONS, Gateway
+from cohortium.engines.fleet.flow import Flow
+from cohortium.engines.fleet.gateway import OPTIONS, Gateway, Limits
 from cohortium.engines.fleet.link import Link
 from cohortium.engines.fleet.v1 import fleet_pb2_grpc as pb_grpc
 from cohortium.plan import Compiler, compile_study
@@ -51,6 +52,8 @@ log = logging.getLogger("cohortium.agent")
 _SOFTWARE = f"cohortium {version('cohortium')}"
 _RATES: Mapping[str, tuple[float, int]] = {"submit": (5.0, 500), "steer": (10.0, 100), "read": (200.0, 1000)}
 """What a person may ask for: calls a second, and at once."""
+_FRAMES = 2000.0, 10_000
+"""Frames that a site may send: a second, and at once."""
 _TRAINERS = 4
 """Runs that an agent trains for at a time, on as many processors."""
 _GRACE = 2.0
@@ -173,7 +176,14 @@ async def _coordinate(consortium: Consortium, places: Places, compiler: Compiler
             tracer.observe(run, event)
 
         runs, desk = PostgresRuns(database, heart), PostgresDesk(database)
-        gateway = Gateway(exchange, lambda site, serial, issued: _admitted(service, site, issued), me, _SOFTWARE, _now)
+        gateway = Gateway(
+            exchange,
+            lambda site, serial, issued: _admitted(service, site, issued),
+            me,
+            _SOFTWARE,
+            _now,
+            Limits(pause=Flow(*_FRAMES, time.monotonic)),
+        )
         service = Service(
             me,
             places.fleet,

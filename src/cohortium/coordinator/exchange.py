@@ -170,7 +170,7 @@ class Exchange:
         here = {site: presence for site, (_, presence) in self._outboxes.items()}
         keys = {_where(site): site for site in sites if site not in here}
         found = await self._bus.look(list(keys)) if keys else {}
-        return {keys[key]: msgspec.msgpack.decode(value, type=Presence) for key, value in found.items()} | here
+        return {keys[key]: told for key, value in found.items() if (told := _presence(value)) is not None} | here
 
     async def relay(self) -> None:
         """Delivers what other coordinators put into this one's box, for ever."""
@@ -190,6 +190,13 @@ class Exchange:
             case "joined":
                 for inbox in list(self._inboxes.values()):
                     inbox(Joined(parcel.site))
+
+
+def _presence(value: bytes) -> Presence | None:
+    try:
+        return msgspec.msgpack.decode(value, type=Presence)
+    except msgspec.MsgspecError:
+        return None
 
 
 def _box(coordinator: str) -> str:

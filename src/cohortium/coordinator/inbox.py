@@ -30,7 +30,12 @@ class Revoked:
     site: str
 
 
-Item = News | Wished | Revoked
+@dataclass(frozen=True)
+class Stored:
+    """A write that went on beside the run has ended, well or not."""
+
+
+Item = News | Wished | Revoked | Stored
 
 
 class Inbox(asyncio.Queue[Item]):

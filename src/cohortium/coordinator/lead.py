@@ -57,10 +57,16 @@ class Tell:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the checkpoint durably before anything that comes after this effect."""
+    """Write the checkpoint durably before anything that comes after this effect.
+
+    Where it `may_wait`, what comes next may be done meanwhile, but the next write must wait for this one. Then whoever
+    takes over from the checkpoint before comes to the same state again: the survivors are known, and sites keep what
+    they answered in this round and the one before.
+    """
 
     checkpoint: Checkpoint
     applied: Applied | None
+    may_wait: bool = False
 
 
 @dataclass(frozen=True)
@@ -264,7 +270,8 @@ def _done(lead: Lead, state: RunState, effects: list[Effect], now: float) -> tup
     elif milestone(before, state):
         checkpoint = freeze(state, lead.stored)
         lead = replace(lead, stored=held(checkpoint))
-        orders.append(Save(checkpoint, applied))
+        settled = applied is not None and state.plan.study.sites.per_round is None and state.plan.buffer is None
+        orders.append(Save(checkpoint, applied, settled))
     lead, told_orders = _delivered(lead, messages, now)
     return lead, orders + told_orders
 

@@ -152,13 +152,15 @@ class Runs(Protocol):
     async def peers(self, stale: float) -> Sequence[str]:
         """Returns the coordinators that gave a sign of life within `stale` seconds."""
 
-    async def claim(self, me: str, stale: float, most: int) -> list[Claim]:
+    async def claim(self, me: str, stale: float, most: int, share: int = 1_000_000) -> list[Claim]:
         """Takes the lead of at most `most` runs that want one: queued ones, and those of leaders that are gone.
 
         Its own runs are not taken anew: what it put aside it releases first, and a process that starts has a new name.
 
         One transaction raises each run's epoch, so no other coordinator leads it from then on. Queued runs come in
-        fair order: a higher priority first, then the owner with the fewest runs under way, then the oldest.
+        fair order: a higher priority first, then the owner with the fewest runs under way, then the oldest. Nobody
+        begins more than `share` runs at a time for each living coordinator, so that one owner's runs, which may wait
+        for sites, leave room for others'.
         """
 
     async def save(

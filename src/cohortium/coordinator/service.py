@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cohortium.coordinator import lead as leading
 from cohortium.coordinator.exchange import Exchange, Heard, Joined
-from cohortium.coordinator.inbox import LARGE, Inbox, Item, Revoked, Wished
+from cohortium.coordinator.inbox import LARGE, Inbox, Item, Revoked, Stored, Wished
 from cohortium.coordinator.lead import End, Lead, Leader, Order, Save, Tell
 from cohortium.coordinator.ports import ENDED, Applied, Claim, RunEvent, Runs, SiteRow, Superseded, Unavailable
 from cohortium.core.document import from_canonical
@@ -25,6 +25,9 @@ from cohortium.secagg.group import Group
 from cohortium.secagg.stream import PLAIN, Means
 
 log = logging.getLogger("cohortium.coordinator")
+
+_BESIDE = 1 << 20
+"""Bytes of a checkpoint's parts from which it is written beside the next round, where it may wait."""
 
 Observer = Callable[[str, RunEvent], None]
 """Is told of what happens to runs: the run's name, and the event."""
@@ -58,6 +61,7 @@ class Led:
     lead: Lead | None = None
     paused: bool = False
     grace: int | None = None
+    writing: "asyncio.Task[None] | None" = None
 
 
 class Service:
@@ -172,7 +176,8 @@ class Service:
                 self._led[run].inbox.put_nowait(Wished(wish))
         busy = sum(not led.paused for led in self._led.values())
         if busy < self._pace.capacity:
-            for claim in await self._runs.claim(self.me, self._pace.stale, self._pace.capacity - busy):
+            free, share = self._pace.capacity - busy, max(1, self._pace.capacity * 3 // 4)
+            for claim in await self._runs.claim(self.me, self._pace.stale, free, share):
                 self._take(claim)
 
     def _take(self, claim: Claim) -> None:
@@ -226,6 +231,8 @@ class Service:
                 await asyncio.wait_for(self._runs.release(claim), 2.0)
             raise
         finally:
+            if led.writing is not None:
+                led.writing.cancel()
             self._exchange.leave(run, led.inbox.put_nowait)
             if self._led.get(run) is led:
                 del self._led[run]
@@ -383,6 +390,8 @@ class Service:
             case Wished("pause"):
                 led.paused = True
                 await self._mark(led, "paused")
+            case Stored():
+                await self._written(led)
             case Wished():
                 pass
         return orders
@@ -391,7 +400,7 @@ class Service:
         assert led.lead is not None
         run, before = led.claim.row.run, led.lead
         try:
-            if len(data) > LARGE:
+            if max(len(data), before.limit) > LARGE:
                 after, orders = await asyncio.to_thread(leading.heard, before, site, data, self._clock())
             else:
                 after, orders = leading.heard(before, site, data, self._clock())
@@ -410,13 +419,28 @@ class Service:
                 case Tell(site, messages, limit):
                     for message in messages:
                         await self._exchange.tell(site, run, message, limit)
-                case Save(checkpoint, applied):
-                    events = [] if applied is None else [RunEvent(kind="round", facts=_round_facts(applied))]
-                    await self._runs.save(led.claim, checkpoint, applied, events)
-                    for event in events:
-                        self._observe(run, event)
+                case Save():
+                    await self._written(led)
+                    if order.may_wait and sum(map(len, order.checkpoint.parts.values())) > _BESIDE:
+                        led.writing = asyncio.create_task(self._save(led, order))
+                        led.writing.add_done_callback(lambda _: led.inbox.put_nowait(Stored()))
+                    else:
+                        await self._save(led, order)
                 case End():
+                    await self._written(led)
                     await self._end(led, order)
+
+    async def _save(self, led: Led, save: Save) -> None:
+        events = [] if save.applied is None else [RunEvent(kind="round", facts=_round_facts(save.applied))]
+        await self._runs.save(led.claim, save.checkpoint, save.applied, events)
+        for event in events:
+            self._observe(led.claim.row.run, event)
+
+    async def _written(self, led: Led) -> None:
+        """Waits for the write that goes on beside the run, if there is one; raises what it raised."""
+        if led.writing is not None:
+            task, led.writing = led.writing, None
+            await task
 
     async def _end(self, led: Led, end: End) -> None:
         assert end.status in ENDED

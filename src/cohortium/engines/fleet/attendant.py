@@ -24,6 +24,8 @@ _SHORT = 0.02
 _SMALL = 1 << 16
 """Bytes of a message from which it is never dealt with at once."""
 _MOST_KNOWN = 256
+_MOST_WAITING = 32
+"""Messages of one run that wait."""
 
 
 class Answers(Protocol):
@@ -115,7 +117,9 @@ class Attendant:
                     if work is not None:
                         queue.task = asyncio.create_task(self._work(run, queue, work))
                     continue
-                queue.waiting.put_nowait(data)
+                if queue.waiting.qsize() < _MOST_WAITING:
+                    # what is dropped is asked for again; nobody who keeps to the rules has so much on its way
+                    queue.waiting.put_nowait(data)
                 if queue.task is None:
                     queue.task = asyncio.create_task(self._work(run, queue))
                 self._forget_some()
