@@ -49,7 +49,7 @@ def verdicts(root: Path) -> dict[str, str]:
         text=True,
         check=False,
     )
-    found = dict(re.findall(r"^(.+) (KEPT|BROKEN)$", run.stdout, re.MULTILINE))
+    found = dict(re.findall(r"^(.+) (KEPT|BROKEN)(?: \(.*\))?$", run.stdout, re.MULTILINE))
     assert (run.returncode == 0) == (set(found.values()) == {"KEPT"}), run.stdout + run.stderr
     return found
 
