@@ -1,6 +1,7 @@
 """What this machine is good at: its faster cipher mode and its threads."""
 
 import ctypes
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,10 @@ def keep_memory() -> None:
 
     Asking the system for fresh pages, and clearing them, takes longer than moving a model through them.
     """
+    # what is there at the start stays, and need not be looked through again and again
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         for parameter, value in _MALLOPT:
