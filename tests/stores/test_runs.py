@@ -374,6 +374,13 @@ def test_kills_of_the_database_in_the_middle_of_saves(stores: Stores, short_fold
                 await until(lambda before=before: one_more(before + 10))
             done.set()
             await saving
+
+            async def back() -> bool:
+                with suppress(Unavailable):
+                    return bool(await here.desk.applied("run"))
+                return False
+
+            await until(back)
             numbers = [applied.number for applied in await here.desk.applied("run")]
             assert numbers == list(range(1, acknowledged + 1))
             rounds = [event.facts["number"] for event in await here.desk.events("run") if event.kind == "round"]

@@ -87,6 +87,7 @@ class RedisBus:
         last: bytes | None = None
         pause = 0.02
         while True:
+            _end_if_cancelled()
             try:
                 newest = await self._newest(key)
                 # a stream of its own after a restart, or another clock: all in it is new
@@ -169,6 +170,13 @@ async def _speaking(seconds: float = _AT_MOST) -> AsyncGenerator[None, None]:
             yield
     except _OUTAGES as error:
         raise Unavailable(f"the bus cannot be reached: {sentence(error)}") from None
+
+
+def _end_if_cancelled() -> None:
+    """Ends a task that was cancelled while the library reconnected, which turns that into an error of the link."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _bytes(value: Any) -> bytes:
