@@ -21,12 +21,10 @@ import grpc
 from cohortium.adapters import credentials, limits, logs, machine, person, site_config
 from cohortium.adapters import health as pages
 from cohortium.adapters.consortium_folder import OPERATOR, Consortium
-from cohortium.adapters.journal import Approved
-from cohortium.adapters.journal import connect as open_journal
 from cohortium.adapters.person import Person
 from cohortium.adapters.telemetry import AgentMeter, CoordinatorMeter, Tracer
 from cohortium.bootstrap import enrolment
-from cohortium.bootstrap.homes import open_home
+from cohortium.bootstrap.homes import load_site_config, open_approvals, open_home, open_journal
 from cohortium.bootstrap.stores import stores
 from cohortium.coordinator.exchange import Exchange
 from cohortium.coordinator.ports import Bus, RunEvent, Unavailable
@@ -41,7 +39,7 @@ from cohortium.engines.fleet.control import ConsortiumService, News
 from cohortium.engines.fleet.enrolment import OPTIONS as ENTRANCE
 from cohortium.engines.fleet.enrolment import EnrolmentService, MembershipService, server_credentials
 from cohortium.engines.fleet.flow import Flow
-from cohortium.engines.fleet.gateway import OPTIONS, Gateway, Limits
+from cohortium.engines.fleet.gateway import Gateway, Limits, server
 from cohortium.engines.fleet.link import Link
 from cohortium.engines.fleet.v1 import fleet_pb2_grpc as pb_grpc
 from cohortium.plan import Compiler, compile_study
@@ -96,7 +94,7 @@ def run_agent(home: str | Path, *, compiler: Compiler = compile_study) -> None:
         SiteError: the site's home cannot be used.
         PolicyRefused: the site is no longer a member of its consortium.
     """
-    config = site_config.read(Path(home))
+    config = load_site_config(home)
     limits.impose(config.limits)
     machine.keep_memory()
     logs.begin(config.level, config.format)
@@ -218,19 +216,18 @@ async def _listening(
     registrar: Any,
 ) -> None:
     fresh = enrolment.server_certificate(consortium)
-    fleet = grpc.aio.server(options=list(OPTIONS))
-    fleet.add_generic_rpc_handlers((gateway.handler(),))
+    fleet = server([gateway.handler()])
     pb_grpc.add_ConsortiumServicer_to_server(control, fleet)
     pb_grpc.add_MembershipServicer_to_server(membership, fleet)
     entrance = grpc.aio.server(options=[*ENTRANCE, ("grpc.so_reuseport", 0)])
     pb_grpc.add_EnrolmentServicer_to_server(EnrolmentService(registrar), entrance)
-    for server, place, mutual in ((fleet, places.fleet, True), (entrance, places.enrolment, False)):
+    for one, place, mutual in ((fleet, places.fleet, True), (entrance, places.enrolment, False)):
         try:
-            server.add_secure_port(place, server_credentials(fresh, consortium.authority_pem, mutual=mutual))
+            one.add_secure_port(place, server_credentials(fresh, consortium.authority_pem, mutual=mutual))
         except RuntimeError:
             raise CohortiumError(f"nobody can listen at {place}: is another process there? name another") from None
-        await server.start()
-        stack.push_async_callback(server.stop, _GRACE)
+        await one.start()
+        stack.push_async_callback(one.stop, _GRACE)
 
 
 def _admitted(service: Service, site: str, issued: datetime) -> str | None:
@@ -260,20 +257,19 @@ def _coordinator_health(me: str, service: Service, exchange: Exchange) -> tuple[
 async def _serve(home: Path, config: site_config.SiteConfig, compiler: Compiler) -> None:
     stop, enrolled = _told_to_stop(), credentials.load_enrolled(home)
     identity = credentials.identity_of(home)
-    mine = identity.public_key().public_bytes_raw()
     pinned = enrolment.pinned_identities(home)
     async with AsyncExitStack() as stack:
         own = stack.enter_context(open_home(home, identity))
         agent = Agent(
             Membership(enrolled.site, identity, pinned, enrolled.coordinator),
             config.sources(),
-            stack.enter_context(Approved(home)),
+            stack.enter_context(open_approvals(home)),
             Randomness(os.urandom(32)),  # noqa: TID251  chosen here
             compiler,
             machine.means(),
             own.ledger,
             own.policy,
-            stack.enter_context(open_journal(home, enrolled.site, mine)),
+            stack.enter_context(open_journal(home, enrolled.site, identity)),
         )
         link = Link(
             enrolled.fleet,
