@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psycopg
@@ -165,7 +166,7 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
 def test_a_start_that_crashed_is_tried_again(tmp_path: Path) -> None:
     tried: list[int] = []
 
-    def start(_: servers.Places) -> None:
+    def start(_: servers.Places) -> int:
         tried.append(1)
         raise subprocess.CalledProcessError(-6, "sh")
 
@@ -185,3 +186,55 @@ def test_a_start_that_crashed_is_tried_again(tmp_path: Path) -> None:
         await asyncio.gather(watching, return_exceptions=True)
 
     asyncio.run(scenario())
+
+
+def test_whoever_leaves_while_a_server_starts_waits_for_it(tmp_path: Path) -> None:
+    """It would come up when nobody is left to stop it."""
+    begun, go, started = threading.Event(), threading.Event(), list[int]()
+
+    def start(_: servers.Places) -> int:
+        begun.set()
+        go.wait()
+        started.append(os.getpid())
+        return os.getpid()
+
+    async def ready(_: servers.Places) -> bool:
+        return bool(started)
+
+    async def scenario() -> None:
+        server = module._Server(tmp_path / "none.sock", start, ready, places(tmp_path), "none.log")
+        watching = asyncio.ensure_future(module._keep_alive(server, tmp_path / "turn"))
+        await asyncio.to_thread(begun.wait)
+        watching.cancel()
+        await asyncio.wait({watching}, timeout=0.1)
+        assert not watching.done()
+        go.set()
+        await asyncio.wait({watching})
+        assert watching.cancelled()
+        assert len(started) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_server_is_started_once(tmp_path: Path) -> None:
+    started: list[int] = []
+    answers = iter([False] * 80)
+
+    def start(_: servers.Places) -> int:
+        started.append(os.getpid())
+        return os.getpid()
+
+    async def ready(_: servers.Places) -> bool:
+        return next(answers, True)
+
+    asyncio.run(module._Server(tmp_path / "none.sock", start, ready, places(tmp_path), "none.log").ensure())
+    assert len(started) == 1
+
+
+def test_a_dead_process_does_not_run() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert servers.runs(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not servers.runs(process.pid)
+    assert not servers.runs(None)

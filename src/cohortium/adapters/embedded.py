@@ -10,11 +10,12 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import SubprocessError
+from typing import Any
 from urllib.parse import quote
 
 from cohortium.adapters import servers
@@ -48,19 +49,19 @@ async def embedded(folder: Path) -> AsyncGenerator[Stores, None]:
     places = await asyncio.to_thread(_prepared, folder)
     with _Lock(places.logs / "users") as users, _Lock(places.logs / "supervisor") as supervisor:
         await users.shared()
-        # one process at a time makes and starts; the others find all there
-        with _Lock(places.logs / "starting") as starting:
-            await starting.alone()
-            await asyncio.to_thread(servers.make_cluster, places)
-            for server in _servers(places):
-                await server.ensure()
-        watching = asyncio.ensure_future(_supervise(places, supervisor))
         try:
-            yield _stores(places)
+            # one process at a time makes and starts; the others find all there
+            with _Lock(places.logs / "starting") as starting:
+                await starting.alone()
+                await _whole(_made(places))
+            watching = asyncio.ensure_future(_supervise(places, supervisor))
+            try:
+                yield _stores(places)
+            finally:
+                watching.cancel()
+                await asyncio.wait({watching})
+                supervisor.release()
         finally:
-            watching.cancel()
-            await asyncio.wait({watching})
-            supervisor.release()
             if users.try_alone():
                 await servers.stop(places)
 
@@ -68,7 +69,7 @@ async def embedded(folder: Path) -> AsyncGenerator[Stores, None]:
 @dataclass(frozen=True)
 class _Server:
     path: Path
-    start: Callable[[Places], None]
+    start: Callable[[Places], int]
     ready: Callable[[Places], Awaitable[bool]]
     places: Places
     log: str
@@ -80,13 +81,32 @@ class _Server:
         while not await self.ready(self.places):
             if loop.time() > deadline:
                 raise CohortiumError(f"a private server does not start; {self.places.logs / self.log} says why")
+            started = None
             if not await servers.answers(self.path):
-                await asyncio.to_thread(self.start, self.places)
-            # it may refuse while its predecessor's processes are still leaving: then it is started once more
-            for _ in range(50):
+                started = await asyncio.to_thread(self.start, self.places)
+            # it ends at once while its predecessor's processes are still leaving: then it is started once more, and
+            # not before, or the second one might come up when the first was stopped
+            while loop.time() < deadline and (servers.runs(started) or await servers.answers(self.path)):
                 if await self.ready(self.places):
                     return
                 await asyncio.sleep(_RETRY / 4)
+            await asyncio.sleep(_RETRY / 4)
+
+
+async def _made(places: Places) -> None:
+    await asyncio.to_thread(servers.make_cluster, places)
+    for server in _servers(places):
+        await server.ensure()
+
+
+async def _whole(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits work to its end, and is cancelled only then: a server on its way up would outlive whoever stops it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _servers(places: Places) -> tuple[_Server, ...]:
@@ -109,7 +129,7 @@ async def _keep_alive(server: _Server, turn: Path) -> None:
             with suppress(CohortiumError, OSError, SubprocessError):
                 with _Lock(turn) as starting:
                     await starting.alone(_RETRY / 4)
-                    await server.ensure()
+                    await _whole(server.ensure())
             await asyncio.sleep(_RETRY / 4)
 
 

@@ -27,6 +27,7 @@ ADMIN = "cohortium_admin"
 POSTGRES_SOCKET = ".s.PGSQL.5432"
 VALKEY_SOCKET = "valkey.sock"
 _HBA = "local all all peer map=cohortium\n"
+_PROC = Path("/proc")
 _NOBODY = 2**31 - 1
 """No process has this number."""
 _SWITCH = (
@@ -171,25 +172,25 @@ def make_cluster(places: Places) -> None:
     _write(data / "cohortium", "1\n", who)
 
 
-def start_postgres(places: Places) -> None:
-    """Starts PostgreSQL, which outlives this process; whether it comes up is for `ready` to say."""
+def start_postgres(places: Places) -> int:
+    """Starts PostgreSQL, which outlives this process, and returns its number; whether it comes up is for `ready`."""
     _clear_remains(places)
     program = postgres_program("postgres", places.account)
     with _Descriptors(places.data, places.sockets) as folders:
         settings = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
         command = [program, "-D", _through(folders[0]), "-k", _through(folders[1]), *settings]
-        _start(command, places, "postgres.log", folders)
+        return _start(command, places, "postgres.log", folders)
 
 
-def start_valkey(places: Places) -> None:
-    """Starts Valkey without persistence, which outlives this process."""
+def start_valkey(places: Places) -> int:
+    """Starts Valkey without persistence, which outlives this process, and returns its number."""
     with suppress(FileNotFoundError):
         (places.sockets / VALKEY_SOCKET).unlink()
     with _Descriptors(places.sockets) as (folder,):
         settings = ["--port", "0", "--unixsocket", f"{_through(folder)}/{VALKEY_SOCKET}", "--unixsocketperm", "700"]
         settings += ["--save", "", "--appendonly", "no", "--maxmemory", "1gb", "--dir", _through(folder)]
         command = [valkey_program(places.account), *settings]
-        _start(command, places, "valkey.log", (folder,))
+        return _start(command, places, "valkey.log", (folder,))
 
 
 async def stop(places: Places, seconds: float = 10.0) -> None:
@@ -239,40 +240,47 @@ def _clear_remains(places: Places) -> None:
 
 
 def _is_postmaster(process: int, data: Path) -> bool:
+    return runs(process) and (not _PROC.exists() or _works_in(process, data))
+
+
+def runs(process: int | None) -> bool:
+    """Returns whether a process is alive, and not merely dead and not waited for."""
+    if process is None:
+        return False
     with suppress(ChildProcessError):
         # its parent may be this process, where this is the first one of a container
         os.waitpid(process, os.WNOHANG)
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+        return not _PROC.exists() or (_PROC / str(process) / "stat").read_bytes().rpartition(b") ")[2][:1] not in b"ZX"
+    except (ProcessLookupError, FileNotFoundError):
         return False
     except PermissionError:
         return True
-    return _works_in(process, data) if Path("/proc/self").exists() else True
 
 
 def _processes() -> list[int]:
     with suppress(OSError):
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [int(name) for name in os.listdir(_PROC) if name.isdigit()]
     return []
 
 
 def _works_in(process: int, data: Path) -> bool:
     """Returns whether a living process works in a folder, as all of PostgreSQL's do; a dead one works nowhere."""
     try:
-        return Path(f"/proc/{process}/cwd").readlink() == data.resolve()
+        return (_PROC / str(process) / "cwd").readlink() == data.resolve()
     except OSError:
         return False
 
 
-def _start(command: Sequence[str], places: Places, log: str, folders: tuple[int, ...]) -> None:
+def _start(command: Sequence[str], places: Places, log: str, folders: tuple[int, ...]) -> int:
     who = places.account
     with _log(places, log) as output:
         # through a shell that leaves at once, so that the server is nobody's child and survives this process
-        subprocess.run(  # noqa: S603
-            [*_as(who), "/bin/sh", "-c", '"$@" &', "sh", *command],
+        done = subprocess.run(  # noqa: S603
+            [*_as(who), "/bin/sh", "-c", '"$@" >&2 & echo $!', "sh", *command],
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=subprocess.PIPE,
             stderr=output,
             pass_fds=folders,
             cwd="/",
@@ -281,6 +289,7 @@ def _start(command: Sequence[str], places: Places, log: str, folders: tuple[int,
             check=True,
             umask=0o077,
         )
+    return int(done.stdout)
 
 
 def _as(who: Account) -> tuple[str, ...]:
