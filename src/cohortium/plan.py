@@ -136,6 +136,11 @@ class Plan:
         """Returns whether a round closes once the study's `buffer` of sites has contributed."""
         return self.buffer is not None and number > self.phases[0].rounds
 
+    @property
+    def plain(self) -> bool:
+        """Whether each round asks all sites, for one contribution each."""
+        return self.study.sites.per_round is None and self.buffer is None
+
     def stale(self, broadcast: Any, statistics: Statistics, late: int) -> Statistics:
         """Returns what is summed of statistics that are so many rounds late, in a round that buffers."""
         assert isinstance(self.algorithm, Then)

@@ -112,7 +112,7 @@ def test_frames_are_bounded_and_small_messages_share_them() -> None:
 def test_packing_pays_or_is_left_out() -> None:
     for packable in (True, False):
         outgoing = Outgoing("a", message(200_000, 1, packable))
-        chunk = pb.Chunk.FromString(outgoing.chunk(pack=True))
+        chunk = pb.Chunk.FromString(b"".join(outgoing.chunk(pack=True)))
         assert (chunk.codec == pb.CODEC_ZSTD) == packable
         assert (len(chunk.data) < 100_000) == packable
 

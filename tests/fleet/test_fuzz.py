@@ -52,7 +52,7 @@ def test_hostile_frames_raise_nothing_else_and_touch_nobody_else(downward: bool)
     random = np.random.default_rng(7 + downward)
     others, site = Assembler(), Assembler()
     others.allow("run", ALLOWED)
-    begun = pb.Chunk.FromString(Outgoing("run", bytes(ALLOWED)).chunk(8192))
+    begun = pb.Chunk.FromString(b"".join(Outgoing("run", bytes(ALLOWED)).chunk(8192)))
     others.take(begun)
     before = others.partials()
     parse = chunks.parse_downstream if downward else chunks.parse_upstream

@@ -288,7 +288,7 @@ def test_the_server_certificate_changes_without_a_restart(authority) -> None:
 
 def chunk(**changes: Any) -> bytes:
     fields = {"run": "r", "transfer": b"t" * 16, "total": 3, "offset": 0, "data": b"abc"}
-    return frame([pb.Chunk(**(fields | changes)).SerializeToString()])
+    return frame([(pb.Chunk(**(fields | changes)).SerializeToString(), b"")])
 
 
 BAD = {

@@ -37,6 +37,7 @@ from cohortium.core.messages import (
     Refusal,
     Reveal,
     decode_from_site,
+    decode_to_site,
 )
 from cohortium.core.models import Network
 from cohortium.core.protection import Aggregation
@@ -70,15 +71,19 @@ def unlucky(*losses: tuple[str, str, int]) -> Fate:
 
 @dataclass
 class Remembering:
-    """An agent that says the same again when it is asked the same again, as a journal lets it."""
+    """An agent that says the same again when it is asked the same again, in whatever words, as a journal lets it."""
 
     agent: Any
-    said: dict[bytes, list[bytes]] = field(default_factory=dict)
+    asked: list[bytes] = field(default_factory=list)
+    said: dict[tuple[str, int], list[bytes]] = field(default_factory=dict)
 
     def receive(self, data: bytes) -> list[bytes]:
-        if data not in self.said:
-            self.said[data] = self.agent.receive(data)
-        return self.said[data]
+        message = decode_to_site(data)
+        key = type(message).__name__, getattr(message, "round", 0)
+        if key not in self.said:
+            self.asked.append(data)
+            self.said[key] = self.agent.receive(data)
+        return self.said[key]
 
 
 @dataclass
@@ -154,6 +159,10 @@ class Play:
         self.takeovers += 1
         before, self.state = self.state, thaw(self.store.last, self.plan, COORDINATOR, self.pinned)
         expected = {"reveal": "endorse"}.get(before.phase, before.phase)
+        if self.state.chosen:
+            # the survivors were kept and their sum was not: they contribute once more
+            assert (expected, before.tally.survivors if before.tally else ()) == ("endorse", self.state.chosen)
+            expected = "collect"
         assert (self.state.phase, self.state.number) == (expected, before.number)
         # with every part kept, a checkpoint of what was thawed is the one that it was thawed from
         again = freeze(self.state, held(self.store.last))
@@ -164,8 +173,8 @@ class Play:
                     step(self.state, site, message)
 
     def requests(self, site: str) -> list[bytes]:
-        """What the site was asked, each message once."""
-        return list(self.agents[site].said)
+        """What the site was asked, each request in its first words."""
+        return self.agents[site].asked
 
 
 def study(protocol: str = "masking", dropouts: int = 1) -> Any:
@@ -187,10 +196,13 @@ FATES: dict[str, Fate] = {
 }
 
 
-@pytest.fixture(params=[0, 1 << 16], ids=["parts apart", "parts inside"])
-def small(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(checkpoints, "_SMALL", request.param)
-    return int(request.param)
+KEEPING = {"parts apart": (0, 1 << 20), "parts inside": (1 << 16, 1 << 20), "sums asked for again": (0, 0)}
+
+
+@pytest.fixture(params=KEEPING)
+def small(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, bound in zip(("_SMALL", "_LONG"), KEEPING[request.param], strict=True):
+        monkeypatch.setattr(checkpoints, name, bound)
 
 
 def same_end(made: Any, fate: Fate) -> tuple[Play, Play]:
@@ -211,7 +223,7 @@ def same_end(made: Any, fate: Fate) -> tuple[Play, Play]:
 
 class TestTakeover:
     @pytest.mark.parametrize("fate", FATES)
-    def test_after_every_message_of_a_run_that_may_lose_a_site(self, fate: str, small: int) -> None:
+    def test_after_every_message_of_a_run_that_may_lose_a_site(self, fate: str, small: None) -> None:
         same_end(study(), FATES[fate])
 
     @pytest.mark.parametrize("fate", ["nobody", "each"])
@@ -229,7 +241,7 @@ class TestTakeover:
         same_end(descriptive(study()), FATES["collect"])
 
     @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
-    def test_of_a_network(self, optimiser: str, small: int) -> None:
+    def test_of_a_network(self, optimiser: str, small: None) -> None:
         pytest.importorskip("torch")
         same_end(network(optimiser), FATES["collect"])
 
@@ -264,6 +276,43 @@ class TestWhatIsWritten:
         names = [name for name, _ in shaken.store.writes if name.startswith("broadcast")]
         assert names == [f"broadcast.{number}" for number in range(1, MOST_MISSED + 1)]
         assert not any("OpenRound" in repr(data[:40]) for data in shaken.requests("zurich"))
+
+
+class TestSumsThatAreAskedForAgain:
+    def taken_over(self, monkeypatch: pytest.MonkeyPatch, fate: Fate = nobody) -> Play:
+        """Returns a run whose coordinator was replaced after the survivors of its second round were told."""
+        monkeypatch.setattr(checkpoints, "_LONG", 0)
+        play = Play(compile_study(study()), fate)
+        while (play.state.phase, play.state.number) != ("endorse", 2):
+            debts = outstanding(play.state)
+            play.turn(next(iter(debts)), debts)
+        play.fail()
+        assert play.state.phase == "collect"
+        return play
+
+    def test_only_the_same_sum_is_opened(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        play = self.taken_over(monkeypatch)
+        for left in (3, 2, 1, 0):
+            assert not enough(play.state) or not left
+            if left:
+                debts = outstanding(play.state)
+                play.turn(next(iter(debts)), debts)
+        after, effects = lost(play.state, *play.state.waiting)
+        assert after.phase == "over" and isinstance(effects[-1], Failed)
+        assert "did not contribute the same to it again" in str(effects[-1].error)
+
+    def test_whoever_was_not_in_it_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        play = self.taken_over(monkeypatch, unlucky(("budapest", "collect", 2)))
+        assert "budapest" not in play.state.waiting and len(play.state.waiting) == 3
+        play.go()
+        assert isinstance(play.ending, Finished)
+        assert "budapest" not in play.survivors[2] and "budapest" in play.survivors[3]
+
+    def test_a_survivor_that_left_ends_the_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        play = self.taken_over(monkeypatch)
+        play.take(*expel(play.state, "cleveland", "revoked"))
+        play.go()
+        assert isinstance(play.ending, Failed) and "and cleveland did not" in str(play.ending.error)
 
 
 class TestCheckpoints:

@@ -29,6 +29,7 @@ from cohortium.bootstrap.stores import stores
 from cohortium.coordinator.exchange import Exchange
 from cohortium.coordinator.ports import Bus, RunEvent, Unavailable
 from cohortium.coordinator.service import Pace, Service
+from cohortium.core.codec import Data
 from cohortium.core.document import from_canonical
 from cohortium.core.errors import CohortiumError, StudyError
 from cohortium.core.messages import OpenRun, decode_to_site
@@ -285,7 +286,7 @@ async def _serve(home: Path, config: site_config.SiteConfig, compiler: Compiler)
             meter.answered(kind, seconds, refused)
             tracer.took(run, kind, seconds)
 
-        async def prepare(data: bytes) -> None:
+        async def prepare(data: Data) -> None:
             # what the steward confirmed meanwhile counts from the next run on
             pinned.clear()
             pinned.update(enrolment.pinned_identities(home))
@@ -326,7 +327,7 @@ def _files(home: Path, authority: bytes) -> tuple[bytes, bytes, bytes]:
     return authority, credential.chain, credential.key
 
 
-def _sites_of(data: bytes) -> frozenset[str]:
+def _sites_of(data: Data) -> frozenset[str]:
     """Returns the sites of the study that a message asks to run; none if it asks for something else."""
     with suppress(CohortiumError):
         message = decode_to_site(data)

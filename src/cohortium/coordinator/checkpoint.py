@@ -8,6 +8,7 @@ bit:
     keys             as nobody had announced anything      sites say the same keys again
     collect          the round as it was opened            sites send the same contributions again
     endorse, reveal  the sum and its survivors             sites endorse and reveal the same again
+       a long sum    its survivors alone                   these send the same contributions again first
 
 Broadcasts follow from what was learned and are not kept, but for those that a site has missed. Large parts have names
 that say what is in them (`learned.7`: what round 7 started with), so that none is written twice.
@@ -17,7 +18,6 @@ that only their receivers can open, and what was learned so far. The signing key
 """
 
 from collections.abc import Callable, Collection, Mapping
-from hashlib import blake2b
 from typing import Literal
 
 import msgspec
@@ -39,6 +39,9 @@ from cohortium.secagg.stream import PLAIN, Means
 FORMAT = 1
 _SMALL = 1 << 16
 """Parts shorter than this many bytes stay within the state."""
+_LONG = 4 << 20
+"""A sum of more bytes than this is not kept where each site contributes to a round once: the survivors are asked for
+theirs again, since writing it would hold up the round."""
 
 
 class _Frozen(msgspec.Struct, frozen=True):
@@ -47,7 +50,7 @@ class _Frozen(msgspec.Struct, frozen=True):
     Attributes:
         survivors: the sites in the sum, once they are chosen.
         missed: how many of the latest broadcasts each lost site has missed.
-        digest: what stands for the open round's broadcast, which is made anew.
+        before, history: what stands for all broadcasts before the open round's, which is made anew, and with it.
         small: parts that are short.
     """
 
@@ -61,7 +64,7 @@ class _Frozen(msgspec.Struct, frozen=True):
     keyed: tuple[str, ...] = ()
     number: int = 0
     before: bytes = b""
-    digest: bytes = b""
+    history: bytes = b""
     missed: dict[str, int] = msgspec.field(default_factory=dict)
     selected: tuple[str, ...] = ()
     summed: dict[str, int] = msgspec.field(default_factory=dict)
@@ -108,17 +111,17 @@ def freeze(state: RunState, saved: Collection[str] = ()) -> Checkpoint:
     assert state.group is not None and state.tally is not None
     head = replace(
         head,
-        phase="collect" if state.phase == "collect" else "endorse",
+        phase="endorse" if _survivors(state) else "collect",
         keys=tuple(state.keys[site] for site in state.group.sites),
         keyed=tuple(sorted(state.keyed)),
         number=state.number,
         before=state.before,
-        digest=_digest(state.broadcast),
+        history=state.history,
         missed={site: len(broadcasts) for site, broadcasts in state.missed.items()},
         selected=state.selected,
         summed=dict(state.summed),
         careers=dict(state.careers),
-        survivors=state.tally.survivors,
+        survivors=_survivors(state),
         small={name: data for name, data in made.items() if len(data) < _SMALL},
     )
     large = {name: data for name, data in made.items() if len(data) >= _SMALL}
@@ -175,12 +178,24 @@ def thaw(
         missed={} if head.survivors else _missed(head, head.number - 1, parts, b""),
     )
     state = opened(state, head.number, head.before)
-    if _digest(state.broadcast) != head.digest:
+    if state.history != head.history:
         raise ProtocolError(
             f"a checkpoint of run '{head.run}' was refused: this version would broadcast round {head.number} in other "
             "bytes than sites have heard; start another run"
         )
-    return _closed(state, head, parts) if head.survivors else state
+    if not head.survivors:
+        return state
+    return _closed(state, head, parts) if f"total.{head.number}" in parts else _asked_again(state, head, parts)
+
+
+def _asked_again(state: RunState, head: _Frozen, parts: Mapping[str, bytes]) -> RunState:
+    """Returns a state that waits for the contributions of the survivors, of all of them, and of nobody else."""
+    return replace(
+        state,
+        chosen=head.survivors,
+        waiting=frozenset(head.survivors) - head.gone.keys(),
+        missed=_missed(head, head.number, parts, state.broadcast),
+    )
 
 
 def _closed(state: RunState, head: _Frozen, parts: Mapping[str, bytes]) -> RunState:
@@ -202,15 +217,20 @@ def _makers(state: RunState) -> dict[str, Callable[[], bytes]]:
     tally, number = state.tally, state.number
     assert tally is not None
     makers = {f"learned.{number}": lambda: state.plan.algorithm.freeze(state.learned)}
-    if tally.survivors:
+    if tally.survivors and not (state.plan.plain and getattr(tally.total, "nbytes", 0) > _LONG):
         makers[f"total.{number}"] = lambda: codec.encode(_Total(tally.total))  # type: ignore[arg-type]
         makers[f"shares.{number}"] = lambda: codec.encode(_Shares(dict(tally.sealed)))
-    last = number if tally.survivors else number - 1
+    last = number if _survivors(state) else number - 1
     for broadcasts in state.missed.values():
         for at, data in enumerate(broadcasts, last - len(broadcasts) + 1):
             if at < number and len(broadcasts) <= MOST_MISSED:
                 makers[f"broadcast.{at}"] = lambda data=data: data  # type: ignore[misc]
     return makers
+
+
+def _survivors(state: RunState) -> tuple[str, ...]:
+    assert state.tally is not None
+    return state.chosen or state.tally.survivors
 
 
 def _missed(head: _Frozen, last: int, parts: Mapping[str, bytes], current: bytes) -> dict[str, tuple[bytes, ...]]:
@@ -230,7 +250,3 @@ def _part(parts: Mapping[str, bytes], name: str) -> bytes:
     if name not in parts:
         raise ProtocolError(f"a checkpoint was refused: it lacks its part '{name}'; start another run")
     return parts[name]
-
-
-def _digest(broadcast: bytes) -> bytes:
-    return blake2b(broadcast, digest_size=32, person=b"cohort frozen").digest()

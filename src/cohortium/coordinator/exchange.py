@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from cohortium.coordinator.ports import Bus, Unavailable
+from cohortium.core.codec import Data
 
 log = logging.getLogger("cohortium.fleet")
 KNOWN_FOR = 10.0
@@ -35,7 +36,7 @@ class Heard:
     """A site's message for a run."""
 
     site: str
-    data: bytes
+    data: Data
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Exchange:
         if site in self._outboxes:
             self._outboxes[site][0].close(reason)
 
-    async def heard(self, site: str, run: str, data: bytes) -> None:
+    async def heard(self, site: str, run: str, data: Data) -> None:
         """Brings a site's message to the run's leader."""
         inbox = self._inboxes.get(run)
         if inbox is not None:
@@ -125,7 +126,9 @@ class Exchange:
         try:
             leader = (await self._bus.look([_leads(run)])).get(_leads(run))
             if leader is not None and leader.decode() != self.me:
-                await self._bus.put(_box(leader.decode()), msgspec.msgpack.encode(Parcel("heard", site, run, data)))
+                await self._bus.put(
+                    _box(leader.decode()), msgspec.msgpack.encode(Parcel("heard", site, run, bytes(data)))
+                )
         except Unavailable as error:
             log.warning("a message was dropped: the bus is away", extra={"site": site, "reason": str(error)})
 

@@ -139,7 +139,7 @@ def resume(plan: Plan, checkpoint: Checkpoint, leader: Leader, terms: Terms, now
     return again(_measured(lead, state), now)
 
 
-def heard(lead: Lead, site: str, data: bytes, now: float) -> tuple[Lead, list[Order]]:
+def heard(lead: Lead, site: str, data: codec.Data, now: float) -> tuple[Lead, list[Order]]:
     """Returns the lead after a site's message.
 
     Raises:
@@ -270,8 +270,7 @@ def _done(lead: Lead, state: RunState, effects: list[Effect], now: float) -> tup
     elif milestone(before, state):
         checkpoint = freeze(state, lead.stored)
         lead = replace(lead, stored=held(checkpoint))
-        settled = applied is not None and state.plan.study.sites.per_round is None and state.plan.buffer is None
-        orders.append(Save(checkpoint, applied, settled))
+        orders.append(Save(checkpoint, applied, applied is not None and state.plan.plain))
     lead, told_orders = _delivered(lead, messages, now)
     return lead, orders + told_orders
 

@@ -181,7 +181,7 @@ def enough(state: RunState) -> bool:
     if tally is None:
         return len(state.keys) >= threshold
     heard = {"collect": tally.sealed, "endorse": tally.tags, "reveal": tally.answers}
-    return len(heard[state.phase]) >= tally.scheme.group.threshold
+    return len(heard[state.phase]) >= max(tally.scheme.group.threshold, len(state.chosen))
 
 
 def outstanding(state: RunState) -> Mapping[str, tuple[ToSite, ...]]:
@@ -249,6 +249,14 @@ def _too_few(state: RunState, count: int) -> CohortiumError:
     return RunFailed(
         f"{count} of {sites} sites are left and the study needs {needed}: "
         "nothing was opened; start another run when they are back, with fresh keys"
+    )
+
+
+def _sum_lost(state: RunState, present: frozenset[str]) -> CohortiumError:
+    missing = ", ".join(site for site in state.chosen if site not in present)
+    return RunFailed(
+        f"the coordinator was replaced while round {state.number} was being opened, and {missing} did not contribute "
+        "the same to it again: no other sum of it may be opened; start another run, with fresh keys"
     )
 
 
@@ -347,21 +355,29 @@ def opened(state: RunState, number: int, before: bytes) -> RunState:
 
 def _collected(state: RunState) -> tuple[RunState, list[Effect]]:
     tally = state.tally
-    assert tally is not None and state.group is not None
+    assert tally is not None
     present = frozenset(tally.sealed)
+    if not present.issuperset(state.chosen):
+        return _over(state, Failed(_sum_lost(state, present)))
     if len(present) < tally.scheme.group.threshold:
         return _over(state, Failed(_too_few(state, len(present))))
+    state = replace(state, chosen=()) if state.chosen else _marked(state, present)
+    if not tally.scheme.opens:
+        return _sum(state, tuple(sorted(present)))
+    tally, told = tally.close(state.identity)
+    return _asked(replace(state, phase="endorse", tally=tally), told)
+
+
+def _marked(state: RunState, present: frozenset[str]) -> RunState:
+    """Returns the state that knows who was there in this round and who missed it."""
+    assert state.group is not None
     known = present | state.noted | state.gone.keys()
     absent = [site for site in state.group.sites if site not in known]
     # one more than may be missed marks a site that does not come back
     missed = {site: (*state.missed.get(site, ()), state.broadcast)[: MOST_MISSED + 1] for site in absent}
     proven = {site: replace(c, times=c.times + 1) for site, c in state.careers.items() if site in present}
     summed = {site: number for site, number in state.summed.items() if site not in known}
-    state = replace(state, missed=missed, summed=summed, careers={**state.careers, **proven})
-    if not tally.scheme.opens:
-        return _sum(state, tuple(sorted(present)))
-    tally, told = tally.close(state.identity)
-    return _asked(replace(state, phase="endorse", tally=tally), told)
+    return replace(state, missed=missed, summed=summed, careers={**state.careers, **proven})
 
 
 def _endorsed(state: RunState) -> tuple[RunState, list[Effect]]:

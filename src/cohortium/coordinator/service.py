@@ -18,6 +18,7 @@ from cohortium.coordinator.exchange import Exchange, Heard, Joined
 from cohortium.coordinator.inbox import LARGE, Inbox, Item, Revoked, Stored, Wished
 from cohortium.coordinator.lead import End, Lead, Leader, Order, Save, Tell
 from cohortium.coordinator.ports import ENDED, Applied, Claim, RunEvent, Runs, SiteRow, Superseded, Unavailable
+from cohortium.core.codec import Data
 from cohortium.core.document import from_canonical
 from cohortium.core.errors import CohortiumError, ProtocolError
 from cohortium.plan import Compiler, Plan, compile_study
@@ -396,7 +397,7 @@ class Service:
                 pass
         return orders
 
-    async def _heard(self, led: Led, site: str, data: bytes) -> list[Order]:
+    async def _heard(self, led: Led, site: str, data: Data) -> list[Order]:
         assert led.lead is not None
         run, before = led.claim.row.run, led.lead
         try:

@@ -90,6 +90,8 @@ class RunState(msgspec.Struct, frozen=True):
         missed: for each site that was lost, the broadcasts of the rounds since, oldest first.
         selected: the sites that the round asks to contribute; empty where it asks all.
         noted: the others that have taken in its broadcast.
+        chosen: the survivors of the round, if they were told to sites and then their sum was lost with a coordinator:
+            no other set is ever opened.
         summed: for a site that may not have heard of it, the last buffer that it is in.
         careers: what is known of each site's part so far, to select by.
     """
@@ -115,6 +117,7 @@ class RunState(msgspec.Struct, frozen=True):
     missed: Mapping[str, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
     selected: tuple[str, ...] = ()
     noted: frozenset[str] = frozenset()
+    chosen: tuple[str, ...] = ()
     summed: Mapping[str, int] = msgspec.field(default_factory=dict)
     careers: Mapping[str, Career] = msgspec.field(default_factory=dict)
     tally: Tally | None = None

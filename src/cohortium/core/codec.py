@@ -13,6 +13,9 @@ from cohortium.core.errors import ProtocolError
 
 T = TypeVar("T")
 
+Data = bytes | memoryview
+"""Bytes of a message, which may lie in memory that was made for it; nobody changes them."""
+
 _KINDS = ("<f8", "<f4", "|u1", "<u2", "<u4", "<u8", "<i8", "|b1")
 MAX_MESSAGE_BYTES = 1 << 31
 """Longest message that a decoder accepts, in bytes."""
@@ -55,7 +58,7 @@ def encode(value: object) -> bytes:
     return _encoder.encode(value)
 
 
-def decode(data: bytes, kind: type[T], limit: int = MAX_MESSAGE_BYTES) -> T:
+def decode(data: Data, kind: type[T], limit: int = MAX_MESSAGE_BYTES) -> T:
     """Returns the value of type `kind` that `data` holds, if it is at most `limit` bytes. Arrays come back read-only.
 
     Raises:

@@ -177,13 +177,13 @@ def kind_of(data: bytes) -> str:
     return msgspec.msgpack.decode(data, type=_Kind).type
 
 
-def decode_to_site(data: bytes, limit: int = codec.MAX_MESSAGE_BYTES) -> ToSite:
+def decode_to_site(data: codec.Data, limit: int = codec.MAX_MESSAGE_BYTES) -> ToSite:
     """Returns the coordinator's message of at most `limit` bytes, or raises a `ProtocolError`."""
     message: ToSite = codec.decode(data, cast(Any, ToSite), limit)
     return message
 
 
-def decode_from_site(data: bytes, limit: int = codec.MAX_MESSAGE_BYTES) -> FromSite:
+def decode_from_site(data: codec.Data, limit: int = codec.MAX_MESSAGE_BYTES) -> FromSite:
     """Returns the site's message of at most `limit` bytes, or raises a `ProtocolError`."""
     message: FromSite = codec.decode(data, cast(Any, FromSite), limit)
     return message

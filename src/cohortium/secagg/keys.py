@@ -7,7 +7,6 @@ agreement keys are made for one run, and the root that they come from moves on (
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from hashlib import blake2b
 
 import msgspec
@@ -148,7 +147,6 @@ def session_digest(run: str, study_id: str, threshold: int, announcements: Seque
     return blake2b(text, digest_size=32, person=b"cohort session").digest()
 
 
-@lru_cache(maxsize=4)  # sites that share a process share the work, too
 def history(before: bytes, broadcast: bytes) -> bytes:
     """Returns 32 bytes that stand for a broadcast and all before it, given those for all before it (b"" at first)."""
     return blake2b(broadcast, key=before, digest_size=32, person=b"cohort history").digest()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from threading import RLock
 
 from cohortium.core import codec
+from cohortium.core.codec import Data
 from cohortium.core.document import MAX_DOCUMENT_BYTES, study_id_of
 from cohortium.core.errors import (
     BudgetExceeded,
@@ -146,7 +147,7 @@ class Agent:
     _restored: bool = False
     _lock: RLock = field(default_factory=RLock, repr=False, compare=False)
 
-    def receive(self, data: bytes) -> list[bytes]:
+    def receive(self, data: Data) -> list[bytes]:
         """Returns the site's answers to a message of the coordinator; none if the site's journal cannot be used.
 
         Raises:
@@ -154,7 +155,7 @@ class Agent:
         """
         return self._received(data, at_once=True).answers
 
-    def take(self, data: bytes) -> Taken:
+    def take(self, data: Data) -> Taken:
         """Returns the answers to a message that need no training, and the training that it asks for.
 
         Raises:
@@ -178,7 +179,7 @@ class Agent:
             # it answers the newest round that was opened
             return self._kept_first(work.run, Request(work.run, OpenRound.__name__, session.heard), None, effects)
 
-    def _received(self, data: bytes, *, at_once: bool) -> Taken:
+    def _received(self, data: Data, *, at_once: bool) -> Taken:
         with self._lock:
             if self.journal is not None:
                 try:

@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cohortium.core.codec import Data
 from cohortium.core.errors import CohortiumError, ProtocolError
 from cohortium.core.messages import MaskedUpdate, kind_of
 from cohortium.site.agent import NOTHING, Taken, Work
@@ -31,14 +32,14 @@ _MOST_WAITING = 32
 class Answers(Protocol):
     """What answers a site's messages: `cohortium.site.agent.Agent`. Calls of several threads are safe."""
 
-    def receive(self, data: bytes) -> list[bytes]:
+    def receive(self, data: Data) -> list[bytes]:
         """Returns the answers to a message, training at once if it asks for that.
 
         Raises:
             ProtocolError: it is none.
         """
 
-    def take(self, data: bytes) -> Taken:
+    def take(self, data: Data) -> Taken:
         """Returns the answers to a message, and the training that it asks for.
 
         Raises:
@@ -52,7 +53,7 @@ class Answers(Protocol):
 class Carrier(Protocol):
     """What brings messages and takes answers: `cohortium.engines.fleet.link.Link`."""
 
-    def messages(self) -> AsyncIterator[tuple[str, bytes]]:
+    def messages(self) -> AsyncIterator[tuple[str, Data]]:
         """Yields each message with the name of its run, until the link is closed."""
 
     async def send(self, run: str, data: bytes) -> None:
@@ -62,7 +63,7 @@ class Carrier(Protocol):
 Answered = Callable[[str, str, float, bool], None]
 """Is told of each message that was dealt with: its run, what was answered, the seconds it took, and whether the site
 refused."""
-Prepare = Callable[[bytes], Awaitable[None]]
+Prepare = Callable[[Data], Awaitable[None]]
 """Prepares for the first message of a run that was not heard of before."""
 
 
@@ -73,7 +74,7 @@ class _Queue:
     The last two, because a short phase says little about the one after it.
     """
 
-    waiting: "asyncio.Queue[bytes]" = field(default_factory=asyncio.Queue)
+    waiting: "asyncio.Queue[Data]" = field(default_factory=asyncio.Queue)
     seconds: float = math.inf
     trained: tuple[float, float] = (math.inf, math.inf)
     task: "asyncio.Task[None] | None" = None
@@ -140,7 +141,7 @@ class Attendant:
         finally:
             queue.task = None
 
-    async def _deal(self, run: str, queue: _Queue, data: bytes, *, at_once: bool) -> Work | None:
+    async def _deal(self, run: str, queue: _Queue, data: Data, *, at_once: bool) -> Work | None:
         """Answers a message; returns work that comes before the run's next message."""
         began = self._clock()
         if queue.seconds == math.inf:
@@ -158,7 +159,7 @@ class Attendant:
         task.add_done_callback(self._apart.discard)
         return None
 
-    async def _taken(self, run: str, queue: _Queue, data: bytes, *, at_once: bool) -> Taken | None:
+    async def _taken(self, run: str, queue: _Queue, data: Data, *, at_once: bool) -> Taken | None:
         try:
             if at_once and max(queue.trained) < _SHORT:
                 return Taken(self._agent.receive(data))
@@ -197,7 +198,7 @@ class Attendant:
             queue.trained = queue.trained[1], seconds
         self._answered(run, kinds[0] if kinds else "none", seconds, "Refusal" in kinds)
 
-    async def _prepared(self, data: bytes) -> None:
+    async def _prepared(self, data: Data) -> None:
         try:
             await self._prepare(data)
         except CohortiumError as error:

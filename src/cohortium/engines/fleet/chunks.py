@@ -8,12 +8,14 @@ import hashlib
 import zlib
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
 
+from cohortium.core.codec import Data
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import CONTROL_BYTES
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
@@ -31,6 +33,7 @@ MOST_FRAME = 1 << 20
 MOST_PARTIALS = 64
 _PROBE = 64 << 10
 _WORTH = 32 << 10  # shorter messages are not packed: that would cost more than it saves
+_GAIN = 0.8  # nor are those that hardly get shorter, as weights and whatever is masked
 _DATA_TAG = b"\x32"  # Chunk.data, field 6
 _CHUNK_TAG = b"\x0a"  # Chunks.chunks, field 1
 _FRAME_TAG = b"\x12"  # Upstream.chunks and Downstream.chunks, field 2
@@ -73,10 +76,10 @@ class Outgoing:
         self.sent = received if 0 < received < len(self.data) else 0
         self.done, self._resumed = False, self.sent > 0
 
-    def chunk(self, most: int = MOST_DATA, pack: bool = False) -> bytes:
+    def chunk(self, most: int = MOST_DATA, pack: bool = False) -> "Encoded":
         """Returns the next chunk, encoded, of at most `most` bytes of the message."""
         begin, end = self.sent, min(self.sent + max(most, LEAST_DATA), len(self.data))
-        data: bytes | memoryview = memoryview(self.data)[begin:end]
+        data: Data = memoryview(self.data)[begin:end]
         head = pb.Chunk(run=self.run, transfer=self.transfer, total=len(self.data), offset=begin)
         if self.allowance:
             head.allowance = self.allowance
@@ -88,8 +91,8 @@ class Outgoing:
         self.sent, self.done = end, end == len(self.data)
         if self.done and self._resumed:
             head.check = zlib.crc32(self.data)
-        # the same bytes that protobuf would write, without three copies of the data
-        return b"".join((head.SerializeToString(), _DATA_TAG, _length(len(data)), data))
+        # the same bytes that protobuf would write, without four copies of the data
+        return b"".join((head.SerializeToString(), _DATA_TAG, _length(len(data)))), data
 
     def _packs(self) -> bool:
         if not self._probed:
@@ -97,16 +100,20 @@ class Outgoing:
             if len(self.data) >= _WORTH:
                 packer = zstandard.ZstdCompressor(level=1)
                 probe = self.data[:_PROBE]
-                if len(packer.compress(probe)) < 0.9 * len(probe):
+                if len(packer.compress(probe)) < _GAIN * len(probe):
                     self._packer = packer
         return self._packer is not None
 
 
-def frame(chunks: Iterable[bytes]) -> bytes:
+Encoded = tuple[bytes, Data]
+"""A chunk as it travels: all but its data, then its data."""
+
+
+def frame(chunks: Iterable[Encoded]) -> bytes:
     """Returns the encoded chunks as one Upstream or Downstream message, which are alike in this."""
-    parts: list[bytes] = []
-    for chunk in chunks:
-        parts += (_CHUNK_TAG, _length(len(chunk)), chunk)
+    parts: list[Data] = []
+    for head, data in chunks:
+        parts += (_CHUNK_TAG, _length(len(head) + len(data)), head, data)
     return b"".join((_FRAME_TAG, _length(sum(map(len, parts))), *parts))
 
 
@@ -175,7 +182,7 @@ class Queue:
 
         One chunk of each run in turn, until the frame holds about `most` bytes.
         """
-        chunks: list[bytes] = []
+        chunks: list[Encoded] = []
         ended: list[Outgoing] = []
         size = 0
         for run in list(self._runs):
@@ -183,7 +190,7 @@ class Queue:
             if message is None:
                 continue
             chunks.append(message.chunk(most - size, self.packs))
-            size += len(chunks[-1])
+            size += sum(map(len, chunks[-1]))
             waiting = self._runs.pop(run)
             if message.done:
                 waiting.remove(message)
@@ -208,8 +215,9 @@ class Queue:
 class _Open:
     transfer: bytes
     total: int
+    kept: bool
     received: int = 0
-    pieces: list[bytes] | None = field(default_factory=list)  # None: nothing of it is kept
+    room: memoryview | None = None
     resumed: bool = False
     stale: bool = False
 
@@ -231,7 +239,7 @@ class Assembler:
     @property
     def held(self) -> int:
         """Bytes of unfinished messages that are kept."""
-        return sum(part.received for part in self._open.values() if part.pieces is not None)
+        return sum(part.received for part in self._open.values() if part.kept)
 
     def allow(self, run: str, most: int) -> None:
         """Says how many bytes a message of this run may have from now on."""
@@ -245,17 +253,17 @@ class Assembler:
         """Goes over to a new stream: forgets what was allowed, keeps what arrived and returns (transfer, bytes)."""
         self._allowed.clear()
         self._highest = self.default
-        self._open = {run: part for run, part in self._open.items() if part.pieces is not None}
+        self._open = {run: part for run, part in self._open.items() if part.kept}
         for part in self._open.values():
             part.stale = True
         return self.partials()
 
     def partials(self) -> list[tuple[bytes, int]]:
         """Returns the unfinished messages: transfer and bytes received."""
-        found = [(part.transfer, part.received) for part in self._open.values() if part.pieces and part.received]
+        found = [(part.transfer, part.received) for part in self._open.values() if part.kept and part.received]
         return found[:MOST_PARTIALS]
 
-    def take(self, chunk: pb.Chunk) -> tuple[str, bytes] | None:
+    def take(self, chunk: pb.Chunk) -> tuple[str, Data] | None:
         """Takes a chunk in; returns (run, message) if it ends one.
 
         Raises:
@@ -271,15 +279,18 @@ class Assembler:
         if known is not part and known is None and len(self._open) >= self.most_open:
             self._make_room()
         part.received, part.stale = end, False
-        if part.pieces is not None:
-            part.pieces.append(data)
         self._open[run] = part
+        if part.kept and len(data) < part.total:
+            if part.room is None:
+                # memory that nobody has written to costs nothing yet, however long the message says it is
+                part.room = np.empty(part.total, np.uint8).data
+            part.room[chunk.offset : end] = data
         if end < part.total:
             return None
         del self._open[run]
-        if part.pieces is None:
+        if not part.kept:
             return None
-        message = b"".join(part.pieces)
+        message = data if part.room is None else part.room
         if part.resumed and (not chunk.HasField("check") or chunk.check != zlib.crc32(message)):
             raise ProtocolError("a message was refused: it was cut off and did not go on as it began")
         return run, message
@@ -300,7 +311,7 @@ class Assembler:
         if chunk.total > self._highest:
             raise ProtocolError(f"a message of {chunk.total} bytes was refused: {allowed} is the most now")
         # it may have been sent before the site heard of a lower limit, so it is passed over rather than punished
-        return _Open(chunk.transfer, chunk.total, pieces=[] if chunk.total <= allowed else None)
+        return _Open(chunk.transfer, chunk.total, chunk.total <= allowed)
 
     def _make_room(self) -> None:
         oldest = next((run for run, part in self._open.items() if part.stale), None)

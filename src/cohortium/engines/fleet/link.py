@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from cohortium.core.codec import MAX_MESSAGE_BYTES
+from cohortium.core.codec import MAX_MESSAGE_BYTES, Data
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import CONTROL_BYTES
 from cohortium.engines.fleet.chunks import (
@@ -106,7 +106,7 @@ class Link:
         self._queue.hold(self._limits)
         self._assembler = Assembler(default=MAX_MESSAGE_BYTES, most_open=256)
         self._last: dict[str, bytes] = {}
-        self._incoming: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue(_WAITING)
+        self._incoming: asyncio.Queue[tuple[str, Data] | None] = asyncio.Queue(_WAITING)
         self._wake = asyncio.Event()
         self._ending = self._stopped = False
         self._state = State(None, clock(), None)
@@ -122,7 +122,7 @@ class Link:
         if self._task is None:
             self._task = asyncio.ensure_future(self._keep())
 
-    async def messages(self) -> AsyncIterator[tuple[str, bytes]]:
+    async def messages(self) -> AsyncIterator[tuple[str, Data]]:
         """Yields (run, message) as they come, until the link is detached. For one reader."""
         while (message := await self._incoming.get()) is not None:
             yield message
