@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -278,51 +278,6 @@ def coordinator(values: int, sites: int) -> dict[str, Any]:
 # a whole round in the local engine
 
 
-@dataclass(frozen=True)
-class Weights:
-    values: np.ndarray
-    round: int = 0
-
-
-@dataclass(frozen=True)
-class Ready:
-    """An algorithm whose statistics are ready-made and whose broadcast is as long as they are."""
-
-    values: np.ndarray
-    rounds: int
-
-    @property
-    def broadcast_type(self) -> type[Weights]:
-        return Weights
-
-    def init(self) -> Weights:
-        return Weights(self.values.astype(np.float32))
-
-    def broadcast(self, state: Weights) -> Weights:
-        return state
-
-    def admit(self, broadcast: Weights, before: Weights | None) -> None:
-        pass
-
-    def layout(self, broadcast: Weights) -> tuple[Block, ...]:
-        return (Block("values", self.values.shape, 10.0),)
-
-    def local(self, broadcast: Weights, table: Any, memory: Any, randomness: Any) -> Any:
-        return {"values": self.values}, memory
-
-    def update(self, state: Weights, total: Any) -> Weights:
-        return Weights(total["values"].astype(np.float32), state.round + 1)
-
-    def done(self, state: Weights) -> bool:
-        return state.round >= self.rounds
-
-    def finish(self, state: Weights) -> Any:
-        return None, None
-
-    def progress(self, state: Weights) -> tuple[int, None]:
-        return self.rounds - state.round, None
-
-
 COARSE = {
     "quantise": ("quantise.py", "encode"),
     "mask": ("masking.py", "protect"),
@@ -346,13 +301,10 @@ def engine_run(values: int, sites: int, rounds: int, dropouts: int) -> Callable[
     from bench_engine import empty_study
     from cohortium import bootstrap
     from cohortium.engines import local
-    from cohortium.plan import Phase, compile_study
+    from ready import ready_plan
 
     names = tuple(f"site-{index:02d}" for index in range(sites))
-    study = empty_study(names, dropouts=dropouts)
-    algorithm = Ready(np.linspace(-1, 1, values), rounds)
-    phases = (Phase("ready", algorithm.layout(algorithm.init()), rounds, 0.0),)
-    plan = replace(compile_study(study), phases=phases, algorithm=algorithm)
+    plan = ready_plan(empty_study(names, dropouts=dropouts), values, rounds)
     frame = pd.DataFrame({"id": np.arange(50), "x": np.linspace(0, 1, 50)})
     shared, means = machine.shared_means(), machine.means()
     agents = bootstrap.simulated_agents(plan, dict.fromkeys(names, frame), ROOT, lambda _: plan, shared)

@@ -265,6 +265,7 @@ def test_every_line_of_the_example_is_a_rule() -> None:
         ("privacy: {epsilon: 1, epsilon: 2}", "is no valid YAML"),
         ("privacy: [", "is no valid YAML at line 1"),
         ("privacy: !!python/object:os.system {}", "is no valid YAML"),
+        ("privacy: {patient: &name id, units: [*name]}", "holds a YAML alias"),
         ("\0", "is no valid YAML"),
     ],
 )

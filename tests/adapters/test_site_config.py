@@ -65,6 +65,8 @@ def test_without_the_file_nothing_is_offered(tmp_path: Path) -> None:
         ("log: {format: xml}", "is wrong at 'log.format'"),
         ("a: [", "is no valid YAML"),
         ("a: 1\na: 2", "is no valid YAML"),
+        ("datasets: {a: &file a.csv, b: *file}", "holds a YAML alias"),
+        ("health: {listn: 127.0.0.1:80}", "unknown key 'health.listn'; did you mean 'listen'?"),
         ("- a", "is no site.yaml"),
         ("datasets: {heart: ''}", "is wrong at 'datasets.heart'"),
     ],

@@ -16,6 +16,7 @@ from cohortium.coordinator.ports import (
     RunEvent,
     RunRow,
     SiteRow,
+    SiteState,
     Status,
     Superseded,
     Terms,
@@ -42,6 +43,7 @@ class MemoryStore:
     log: dict[str, list[RunEvent]] = field(default_factory=lambda: defaultdict(list))
     rounds: dict[str, list[Applied]] = field(default_factory=lambda: defaultdict(list))
     outcomes: dict[str, bytes] = field(default_factory=dict)
+    asked: dict[str, Sequence[str]] = field(default_factory=dict)
     beats: dict[str, tuple[str, float]] = field(default_factory=dict)
     faults: list[Fault | None] = field(default_factory=list)
     saves: int = 0
@@ -151,7 +153,7 @@ class MemoryStore:
     async def submit(
         self, run: str, study: str, document: bytes, owner: str, sites: Sequence[str], terms: Terms, seed: int | None
     ) -> RunRow:
-        self.documents[study] = document
+        self.documents[study], self.asked[run] = document, sites
         self.rows[run] = row = RunRow(
             run=run,
             study=study,
@@ -174,8 +176,9 @@ class MemoryStore:
     async def run(self, run: str) -> RunRow | None:
         return self.rows.get(run)
 
-    async def runs(self, most: int = 100) -> Sequence[RunRow]:
-        return list(self.rows.values())[::-1][:most]
+    async def runs(self, most: int = 100, owner: str | None = None, *, under_way: bool = False) -> Sequence[RunRow]:
+        rows = [row for row in self.rows.values() if owner in (None, row.owner) and not (under_way and row.ended)]
+        return rows[::-1][:most]
 
     async def wish(self, run: str, wish: Wish, by: str) -> RunRow:
         if run not in self.rows or self.rows[run].status in ENDED:
@@ -198,6 +201,19 @@ class MemoryStore:
 
     async def coordinators(self) -> Sequence[tuple[str, str, datetime]]:
         return [(name, address, datetime.now(UTC)) for name, (address, _) in self.beats.items()]
+
+    async def site_states(self, run: str) -> Sequence[SiteState]:
+        last = {site: one.number for one in self.rounds[run] for site in one.survivors}
+        return [
+            SiteState(
+                site=site,
+                state="contributed" if site in last else "waiting",
+                round=last.get(site, 0),
+                seconds=None,
+                at=datetime.now(UTC),
+            )
+            for site in sorted(self.asked[run])
+        ]
 
 
 @dataclass

@@ -118,7 +118,15 @@ def test_runs_are_steered_and_listed_from_the_command_line(fleet: Loopback, tmp_
     assert "Run by-hand finished" in command("run", "watch", "by-hand", *where)
     status = json.loads(command("status", *where, "--json"))
     assert {one["name"]: one["attached"] for one in status["sites"]} == dict.fromkeys(fleet.agents, True)
+    assert {one["standing"] for one in status["sites"]} == {None}
     assert "zurich" in command("status", *where)
+    status = json.loads(command("status", "by-hand", *where, "--json"))
+    assert [one["run"] for one in status["runs"]] == ["by-hand"]
+    standings = [one["standing"] for one in status["sites"]]
+    assert {(one["word"], one["round"]) for one in standings} == {("contributed", status["runs"][0]["round"])}
+    shown = command("status", "by-hand", *where)
+    assert "last round" in shown and "contributed" in shown
+    assert "there is no run 'nothing'" in command("status", "nothing", *where, code=2)
     assert "there is no run 'nothing'" in command("run", "watch", "nothing", *where, code=2)
 
 

@@ -22,7 +22,7 @@ from cohortium.bootstrap import fleet
 from cohortium.coordinator.authority import Role, establish
 from cohortium.coordinator.exchange import Heard, Joined
 from cohortium.coordinator.inbox import LARGE, Inbox, Wished
-from cohortium.coordinator.ports import SiteRow, Terms
+from cohortium.coordinator.ports import Applied, Checkpoint, SiteRow, Terms
 from cohortium.core.document import canonical_bytes
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import decode_from_site
@@ -197,7 +197,10 @@ class Desk:
         async def present(sites: Any) -> Any:
             return {}
 
-        self.service = ConsortiumService(self.store, dict, present, News(), allow, lambda: self.now)  # type: ignore[arg-type]
+        sites = {
+            name: SiteRow(name=name, identity=b"i" * 32, enrolled=self.now) for name in (*co.example_sites(), "oslo")
+        }
+        self.service = ConsortiumService(self.store, lambda: sites, present, News(), allow, lambda: self.now)  # type: ignore[arg-type]
 
     def call(self, role: Role, name: str) -> Any:
         certificate = self._authority.certify(request()[1], role, name, self.now, 2, timedelta(hours=1))
@@ -247,6 +250,44 @@ def test_one_person_opens_so_many_streams_and_others_their_own() -> None:
             task.cancel()
         await asyncio.gather(*waiting, others, return_exceptions=True)
         assert not desk.service._streams
+
+    asyncio.run(go())
+
+
+def test_people_see_how_the_sites_of_their_own_runs_stand() -> None:
+    async def go() -> None:
+        desk = Desk()
+        for run, owner in (("mine", "researcher:ann"), ("hers", "researcher:eve"), ("operated", "operator:olga")):
+            await desk.submit(run, owner)
+        claims = {claim.row.run: claim for claim in await desk.store.claim("one", 1, 9)}
+        applied = Applied(number=1, survivors=("budapest", "cleveland"))
+        await desk.store.save(claims["mine"], Checkpoint(round=2, state=b""), applied)
+        await desk.store.end(claims["operated"], "cancelled", "why not", None)
+        ann, olga = desk.call("researcher", "ann"), desk.call("operator", "olga")
+
+        async def listed(who: Any) -> list[str]:
+            return [run.run for run in (await desk.service.ListRuns(pb.ListRunsRequest(most=1), who)).runs]
+
+        assert (await listed(ann), await listed(olga)) == (["mine"], ["operated"])
+        for who, runs in ((ann, ["mine"]), (olga, ["hers", "mine"])):
+            whole = await desk.service.Status(pb.StatusRequest(), who)
+            assert [run.run for run in whole.runs] == runs
+            assert "oslo" in [site.site for site in whole.sites]
+            assert not any(site.HasField("standing") for site in whole.sites)
+            asked = await desk.service.Status(pb.StatusRequest(run="mine"), who)
+            assert [run.run for run in asked.runs] == ["mine"]
+            assert {site.site: (site.standing.word, site.standing.round) for site in asked.sites} == {
+                "budapest": ("contributed", 1),
+                "cleveland": ("contributed", 1),
+                "long-beach": ("waiting", 0),
+                "zurich": ("waiting", 0),
+            }
+        assert (await desk.service.Status(pb.StatusRequest(run="operated"), olga)).runs[
+            0
+        ].status == pb.RUN_STATUS_CANCELLED
+        for run in ("hers", "none", ""):
+            with pytest.raises(Aborted, match="there is no run"):
+                await desk.service.Status(pb.StatusRequest(run=run), ann)
 
     asyncio.run(go())
 

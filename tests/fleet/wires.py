@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cohortium.engines.fleet.gateway import Gateway, Limits, credentials, server
+from cohortium.engines.fleet.enrolment import server_credentials
+from cohortium.engines.fleet.gateway import Gateway, Limits, server
 from cohortium.engines.fleet.link import Link, Patience
 
 HOUR = timedelta(hours=1)
@@ -107,7 +108,7 @@ class Coordinator:
         self.refused: dict[str, str] = {}
         self.ahead = timedelta()
         self.exchange = options.pop("exchange", None) or Exchange()
-        self.files = authority.host()
+        self.authority, self.files = authority, authority.host()
         self.gateway = Gateway(
             self.exchange,
             lambda site, serial, until: self.refused.get(site),
@@ -121,7 +122,8 @@ class Coordinator:
     async def serve(self, port: int = 0) -> str:
         """Returns the address."""
         self.server = server([self.gateway.handler()])
-        port = self.server.add_secure_port(f"127.0.0.1:{port}", credentials(lambda: self.files))
+        secured = server_credentials(lambda: self.files[1:], self.authority.pem, mutual=True)
+        port = self.server.add_secure_port(f"127.0.0.1:{port}", secured)
         await self.server.start()
         return f"127.0.0.1:{port}"
 

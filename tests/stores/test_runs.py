@@ -310,6 +310,26 @@ def test_the_desk_queues_once_and_says_what_people_want(stores: Stores) -> None:
     asyncio.run(scenario())
 
 
+def test_older_runs_are_found_behind_those_of_others(stores: Stores) -> None:
+    async def scenario() -> None:
+        async with cleared(stores) as here:
+            await here.runs.end(await led(here, "ended"), "cancelled", "", None)
+            await submit(here, "mine")
+            for number in range(3):
+                await submit(here, f"hers-{number}", owner="eve")
+
+            async def found(*asked: object, under_way: bool = False) -> list[str]:
+                return [row.run for row in await here.desk.runs(*asked, under_way=under_way)]  # type: ignore[arg-type]
+
+            assert await found(2) == ["hers-2", "hers-1"]
+            assert await found(2, "ada") == ["mine", "ended"]
+            assert await found(2, "ada", under_way=True) == ["mine"]
+            assert await found(10, under_way=True) == ["hers-2", "hers-1", "hers-0", "mine"]
+            assert await found(10, "nobody") == []
+
+    asyncio.run(scenario())
+
+
 def test_news_of_what_changed(stores: Stores) -> None:
     async def scenario() -> None:
         async with cleared(stores) as here:

@@ -6,24 +6,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import Field
 
-from cohortium.adapters import ledger, ledger_file, private_files
+from cohortium.adapters import ledger, ledger_file, private_files, settings
 from cohortium.adapters.ledger import SqliteLedger
 from cohortium.adapters.ledger_file import Keeper
 from cohortium.adapters.private_files import is_open
+from cohortium.adapters.settings import Problem, Settings
 from cohortium.core.errors import SiteError, nearest
 from cohortium.core.fields import LARGEST
 from cohortium.privacy.calibrate import Budget
 from cohortium.site.policy import PrivacyPolicy, Unit
 
 POLICY, LEDGER, KEY = "policy.yaml", "ledger.sqlite", "ledger.key"
-_MOST_BYTES = 1 << 16
 _KEY_BYTES = 32
 _PUBLIC = "this site's home cannot be used"
 
@@ -45,20 +42,16 @@ privacy:
 """
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _Budget(_Strict):
+class _Budget(Settings, strict=True):
     epsilon: Annotated[float, Field(gt=0, le=1000)]
     delta: Annotated[float, Field(gt=0, le=1e-3)]
 
 
-class _Privacy(_Strict):
+class _Privacy(Settings, strict=True):
     required: bool = False
     epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
     delta: Annotated[float, Field(gt=0, le=1e-3)] | None = None
-    units: Annotated[list[Unit], Field(min_length=1)] = ["patient", "site"]
+    units: list[Unit] = Field(["patient", "site"], min_length=1)
     patient: Annotated[str, Field(min_length=1)] | None = None
     budget: _Budget | None = None
     colluding: Annotated[int, Field(ge=0, le=999)] | None = None
@@ -66,11 +59,11 @@ class _Privacy(_Strict):
     minimum: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
 
 
-class _Policy(_Strict):
+class _Policy(Settings, strict=True):
     privacy: _Privacy
 
 
-_SECTIONS: dict[tuple[str, ...], type[_Strict]] = {
+_SECTIONS: dict[tuple[str, ...], type[Settings]] = {
     (): _Policy,
     ("privacy",): _Privacy,
     ("privacy", "budget"): _Budget,
@@ -183,17 +176,9 @@ def read_policy(path: Path) -> PrivacyPolicy:
             what no policy says; the message names the file.
     """
     try:
-        # looked at and read through one handle, so that it cannot be exchanged in between
-        with path.open("rb") as file:
-            mode, data = os.fstat(file.fileno()).st_mode, file.read(_MOST_BYTES + 1)
+        data = settings.contents(path, _unusable, harm=", who could lift its limits", long=", and no policy is")
     except FileNotFoundError:
         raise _unusable(path, "is missing: restore it or write one; an empty `privacy: {}` limits nothing") from None
-    except OSError as error:
-        raise _unusable(path, f"cannot be read ({error.strerror})") from None
-    if is_open(mode, 0o022):
-        raise _unusable(path, "can be written by others, who could lift its limits: chmod 600 it, and read it again")
-    if len(data) > _MOST_BYTES:
-        raise _unusable(path, f"is longer than {_MOST_BYTES} bytes, and no policy is")
     return parse_policy(data, path)
 
 
@@ -203,20 +188,7 @@ def parse_policy(data: bytes, path: Path) -> PrivacyPolicy:
     Raises:
         SiteError: it is no YAML, or no policy; the message names `path`.
     """
-    try:
-        content = YAML(typ="safe", pure=True).load(data.decode())
-    except MarkedYAMLError as error:
-        line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise _unusable(path, f"is no valid YAML{line}: {error.problem}") from None
-    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
-        # a value that is not what its tag says fails in whatever way its conversion does
-        raise _unusable(path, "is no valid YAML") from None
-    try:
-        told = _Policy.model_validate({} if content is None else content).privacy
-    except pydantic.ValidationError as error:
-        # a key that is missing may be there under a wrong name
-        problem = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
-        raise _unusable(path, _sentence(problem)) from None
+    told = settings.parse(data, path, _Policy, _unusable, _sentence).privacy
     if told.budget and told.patient is None:
         raise _unusable(
             path,
@@ -262,9 +234,7 @@ def read_key(path: Path) -> bytes:
         SiteError: it is missing, is no key, or can be read by others than its owner.
     """
     try:
-        # looked at and read through one handle, so that it cannot be exchanged in between
-        with path.open("rb") as file:
-            mode, key = os.fstat(file.fileno()).st_mode, file.read(_KEY_BYTES + 1)
+        mode, key = private_files.read(path, _KEY_BYTES)
     except OSError as error:
         raise _unusable(
             path, f"cannot be read ({error.strerror}); without it nobody can be found in the ledger: restore it"
@@ -280,15 +250,12 @@ def _unusable(path: Path, reason: str) -> SiteError:
     return SiteError(f"{path} {reason}", public=_PUBLIC)
 
 
-def _sentence(problem: Any) -> str:
-    """Returns one sentence for pydantic's account of a problem."""
+def _sentence(problem: Problem) -> str:
     *parents, last = map(str, problem["loc"] or ("",))
-    where = ".".join([*parents, last])
     if problem["type"] == "extra_forbidden":
         known = sorted(_SECTIONS[tuple(parents)].model_fields)
         place = f"in '{'.'.join(parents)}'" if parents else "of a policy"
         return f"has an unknown key '{last}' {place}{nearest(last, known)} (known: {', '.join(known)})"
     if problem["type"] == "missing":
-        return f"lacks '{where}': add it"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"is wrong at '{where}': {message}" if where else "is no policy: it begins with 'privacy:'"
+        return f"lacks '{'.'.join([*parents, last])}': add it"
+    return settings.sentence(problem, "is no policy: it begins with 'privacy:'")

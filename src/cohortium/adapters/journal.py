@@ -70,7 +70,7 @@ class SqliteJournal:
             if row[0] is not None:
                 return [row[0]]
             rows = self._connection.execute(
-                "SELECT place, data, file, size, crc FROM answers WHERE run = ? AND kind = ? AND round = ? "
+                "SELECT place, data, file, size, checksum FROM answers WHERE run = ? AND kind = ? AND round = ? "
                 "ORDER BY place",
                 key,
             ).fetchall()
@@ -117,7 +117,7 @@ class SqliteJournal:
                 )
                 if after is not None:
                     # that nothing was said is an answer, too
-                    rows = [(place, *value) for place, value in enumerate(said)] or [(-1, b"", None, 0, 0)]
+                    rows = [(place, *value) for place, value in enumerate(said)] or [(-1, b"", None, 0, b"")]
                     self._connection.executemany(
                         "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                         [(run, request.kind, request.round, *row) for row in rows],
@@ -161,7 +161,7 @@ class SqliteJournal:
 
     def _frozen(self, run: str) -> Frozen:
         rows = self._connection.execute(
-            "SELECT name, data, file, size, crc FROM parts WHERE run = ?", (run,)
+            "SELECT name, data, file, size, checksum FROM parts WHERE run = ?", (run,)
         ).fetchall()
         parts = {name: self._spool.give(value) for name, *value in rows}
         whole = {name: data for name, data in parts.items() if data is not None}

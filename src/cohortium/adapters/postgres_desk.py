@@ -24,7 +24,10 @@ WITH new AS (
 _DOCUMENT = "SELECT document FROM studies WHERE study = %s"
 _ASKED = "SELECT site FROM run_sites WHERE run = %s"
 _RUN = f"SELECT {RUN} FROM runs WHERE run = %s"
-_RUNS = f"SELECT {RUN} FROM runs ORDER BY submitted DESC, run LIMIT %s"
+_RUNS = f"""
+SELECT {RUN} FROM runs WHERE coalesce(owner = %s::text, true) AND (ended IS NULL OR NOT %s)
+ORDER BY submitted DESC, run LIMIT %s
+"""
 _WISH = f"""
 WITH wished AS (
     UPDATE runs SET wish = %(wish)s, events = events + 1 WHERE run = %(run)s AND ended IS NULL RETURNING *
@@ -87,9 +90,9 @@ class PostgresDesk:
         row = await self._first(_RUN, run)
         return None if row is None else run_row(row)
 
-    async def runs(self, most: int = 100) -> Sequence[RunRow]:
-        """Returns the latest runs, newest first."""
-        return [run_row(row) for row in await self._rows(_RUNS, most)]
+    async def runs(self, most: int = 100, owner: str | None = None, *, under_way: bool = False) -> Sequence[RunRow]:
+        """Returns the latest runs, newest first: of one owner or of all, and those alone that have not ended or all."""
+        return [run_row(row) for row in await self._rows(_RUNS, owner, under_way, most)]
 
     async def wish(self, run: str, wish: Wish, by: str) -> RunRow:
         """Says what somebody wants of a run.

@@ -2,20 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import Field
 
-from cohortium.adapters import private_files
-from cohortium.adapters.private_files import is_open
+from cohortium.adapters import private_files, settings
+from cohortium.adapters.settings import Problem, Settings
 from cohortium.adapters.sources import FileSource
 from cohortium.core.errors import SiteError, nearest
 
 CONFIG = "site.yaml"
-_MOST_BYTES = 1 << 16
 _PUBLIC = "this site's home cannot be used"
 
 EXAMPLE = """\
@@ -68,33 +64,32 @@ class SiteConfig:
         return {name: FileSource(path) for name, path in self.datasets.items()}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_Word = Annotated[str, Field(min_length=1)]
 
 
-class _Limits(_Strict):
+class _Limits(Settings, strict=True):
     memory_mb: Annotated[int, Field(ge=256, le=1 << 30)] | None = None
     cpus: Annotated[int, Field(ge=1, le=4096)] | None = None
     nice: Annotated[int, Field(ge=0, le=19)] | None = None
 
 
-class _Health(_Strict):
+class _Health(Settings, strict=True):
     listen: Annotated[str, Field(pattern=r"^[^:\s]+:[0-9]{1,5}$")]
 
 
-class _Log(_Strict):
+class _Log(Settings, strict=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
 
 
-class _Site(_Strict):
-    datasets: dict[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = {}
+class _Site(Settings, strict=True):
+    datasets: dict[_Word, _Word] = Field(default_factory=dict)
     limits: _Limits = _Limits()
     health: _Health | None = None
     log: _Log = _Log()
 
 
-_SECTIONS: dict[str, type[_Strict]] = {"": _Site, "limits": _Limits, "health": _Health, "log": _Log}
+_SECTIONS: dict[str, type[Settings]] = {"": _Site, "limits": _Limits, "health": _Health, "log": _Log}
 
 
 def read(folder: Path) -> SiteConfig:
@@ -105,15 +100,9 @@ def read(folder: Path) -> SiteConfig:
     """
     path = folder / CONFIG
     try:
-        mode, data = private_files.read(path, _MOST_BYTES)
+        data = settings.contents(path, _unusable, harm=", who could offer other data")
     except FileNotFoundError:
         return SiteConfig()
-    except OSError as error:
-        raise _unusable(path, f"cannot be read ({error.strerror})") from None
-    if is_open(mode, 0o022):
-        raise _unusable(path, "can be written by others, who could offer other data: chmod 600 it, and read it again")
-    if len(data) > _MOST_BYTES:
-        raise _unusable(path, f"is longer than {_MOST_BYTES} bytes")
     return parse(data, path)
 
 
@@ -123,17 +112,7 @@ def parse(data: bytes, path: Path) -> SiteConfig:
     Raises:
         SiteError: it is no YAML, or says what it may not.
     """
-    try:
-        content = YAML(typ="safe", pure=True).load(data.decode())
-    except MarkedYAMLError as error:
-        line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise _unusable(path, f"is no valid YAML{line}: {error.problem}") from None
-    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
-        raise _unusable(path, "is no valid YAML") from None
-    try:
-        told = _Site.model_validate({} if content is None else content)
-    except pydantic.ValidationError as error:
-        raise _unusable(path, _sentence(error.errors(include_url=False)[0])) from None
+    told = settings.parse(data, path, _Site, _unusable, _sentence)
     return SiteConfig(
         datasets={name: path.parent / file for name, file in told.datasets.items()},
         limits=Limits(told.limits.memory_mb, told.limits.cpus, told.limits.nice),
@@ -166,8 +145,7 @@ def _address(text: str, path: Path) -> tuple[str, int]:
     return host, int(port)
 
 
-def _sentence(problem: Any) -> str:
-    """Returns one sentence for pydantic's account of a problem."""
+def _sentence(problem: Problem) -> str:
     *parents, last = map(str, problem["loc"] or ("",))
     where = ".".join([*parents, last])
     if problem["type"] == "extra_forbidden":
@@ -175,8 +153,7 @@ def _sentence(problem: Any) -> str:
         return f"has an unknown key '{where}'{nearest(last, known)} (known: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"lacks '{where}': add it"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"is wrong at '{where}': {message}" if where else "is no site.yaml: see cohortium site init"
+    return settings.sentence(problem, "is no site.yaml: see cohortium site init")
 
 
 def _unusable(path: Path, reason: str) -> SiteError:

@@ -18,7 +18,7 @@ from cohortium.coordinator.result import as_json as result_json
 from cohortium.core.errors import RunFailed
 
 if TYPE_CHECKING:
-    from cohortium.engines.fleet.client import RunHandle, SiteState
+    from cohortium.engines.fleet.client import RunHandle, SiteState, Standing
 
 app = typer.Typer(help="Runs in a consortium: watch, pause, resume, cancel, fetch.", no_args_is_help=True)
 
@@ -140,17 +140,28 @@ def cancel(
     _wished(run, consortium, "cancel", Output(as_json, quiet))
 
 
-def status(consortium: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Show a consortium's sites, coordinators and runs."""
+def status(
+    consortium: Folder,
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run: shows how its sites stand.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a consortium's sites, coordinators and runs, or how one run stands."""
     output, now = Output(as_json, quiet), datetime.now(UTC)  # noqa: TID251  ages are shown to people
     with bootstrap.connect(consortium) as connection:
-        state = connection.state()
+        state = connection.state(run)
+    columns = ["site", "state", "coordinator", "version"]
     sites = [[site.name, _site(site), site.coordinator or "–", site.software or "–"] for site in state.sites]
-    output.table("Sites", ["site", "state", "coordinator", "version"], sites)
+    if run is not None:
+        columns += ["last word", "last round", "at (UTC)"]
+        sites = [row + _stands(site.standing) for row, site in zip(sites, state.sites, strict=True)]
+    output.table("Sites", columns, sites)
     coordinators = [[one.name, one.address, f"{_age(now, one.seen):.0f} s ago"] for one in state.coordinators]
     output.table("Coordinators", ["coordinator", "address", "last seen"], coordinators)
     if state.runs:
-        _show_runs(output, "Runs under way", state.runs)
+        _show_runs(output, "Runs under way" if run is None else "Run", state.runs)
     else:
         output.say("No run is under way.")
     output.result(
@@ -223,6 +234,10 @@ def _site(site: "SiteState") -> str:
     return "attached" if site.attached else "away"
 
 
+def _stands(standing: "Standing | None") -> list[str]:
+    return [standing.word, str(standing.round), _time(standing.at)] if standing else ["–", "–", "–"]
+
+
 def _facts(row: RunRow) -> dict[str, Any]:
     facts = _plain(asdict(row))
     del facts["epoch"]
@@ -230,7 +245,13 @@ def _facts(row: RunRow) -> dict[str, Any]:
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in facts.items()}
+    return {name: _plain_value(value) for name, value in facts.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return _plain(value) if isinstance(value, Mapping) else value
 
 
 def _age(now: datetime, seen: datetime) -> float:

@@ -229,8 +229,8 @@ class Desk(Protocol):
     async def run(self, run: str) -> RunRow | None:
         """Returns a run."""
 
-    async def runs(self, most: int = 100) -> Sequence[RunRow]:
-        """Returns the latest runs, newest first."""
+    async def runs(self, most: int = 100, owner: str | None = None, *, under_way: bool = False) -> Sequence[RunRow]:
+        """Returns the latest runs, newest first: of one owner or of all, and those alone that have not ended or all."""
 
     async def wish(self, run: str, wish: Wish, by: str) -> RunRow:
         """Says what somebody wants of a run; an event keeps who.

@@ -168,7 +168,7 @@ class Session(msgspec.Struct, frozen=True):
         training: what local training draws from.
         public: the root of a public seed; it decides training and rounding, and no key.
         heard: the newest round that was opened to this site.
-        before, history: its broadcast, and what stands for all broadcasts up to it.
+        before, said, history: its broadcast, its broadcast's bytes, and what stands for all broadcasts up to it.
         asked: the round that it is at work for.
         spare: where rounds are buffers, the last contribution, until it is known to be in a sum.
     """
@@ -188,6 +188,7 @@ class Session(msgspec.Struct, frozen=True):
     spare: Spare | None = None
     heard: int = 0
     before: Any = None
+    said: bytes = b""
     history: bytes = b""
     memory: Memory = msgspec.field(default_factory=dict)
     over: bool = False
@@ -222,7 +223,7 @@ def step(session: Session, event: Event) -> tuple[Session, list[Effect]]:
         case CloseRun():
             blank = Randomness(bytes(32))
             ended = replace(
-                session, over=True, private=None, member=None, asked=None, spare=None, before=None, memory={}
+                session, over=True, private=None, member=None, asked=None, spare=None, before=None, said=b"", memory={}
             )
             return replace(ended, randomness=blank, training=blank, public=None), []
     raise ProtocolError("a message was refused: it came twice or out of order")
@@ -322,7 +323,7 @@ def _open_round(session: Session, opened: OpenRound) -> tuple[Session, list[Effe
             broadcast = codec.decode(data, algorithm.broadcast_type)
             algorithm.admit(broadcast, before)
             before, history = broadcast, keys.history(history, data)
-    session = replace(session, heard=opened.round, before=before, history=history)
+    session = replace(session, heard=opened.round, before=before, said=opened.broadcast, history=history)
     site = session.membership.site
     if opened.selected and site not in opened.selected:
         later = replace(session, member=member.passed(opened.round))

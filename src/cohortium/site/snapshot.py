@@ -101,8 +101,8 @@ def freeze(session: Session, since: Session | None = None) -> Frozen:
         spare=(session.spare.round, session.spare.sent) if session.spare else None,
     )
     parts = {}
-    if since is None or since.before is not session.before:
-        parts[BEFORE] = b"" if session.before is None else codec.encode(session.before)
+    if since is None or since.said is not session.said:
+        parts[BEFORE] = session.said
     if since is None or since.memory is not session.memory:
         parts[MEMORY] = codec.encode(dict(session.memory)) if session.memory else b""
     if _spare(since) is not _spare(session):
@@ -145,6 +145,7 @@ def thaw(
         spare=_thawed_spare(kept, frozen.parts.get(SPARE, b"")),
         heard=max(kept.heard, kept.member.last_round if kept.member else 0),
         before=codec.decode(before, plan.algorithm.broadcast_type) if before else None,
+        said=before,
         history=kept.history,
         memory=codec.decode(memory, dict[str, np.ndarray]) if memory else {},
     )

@@ -45,8 +45,23 @@ class Credentials:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a site stands in a run.
+
+    Attributes:
+        word: its last one: 'waiting' before the first, then 'contributed', or 'refused'.
+        round: the last round in which its contribution was summed, 0 if none.
+        at: when that was.
+    """
+
+    word: str
+    round: int
+    at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteState:
-    """A site as the consortium sees it now."""
+    """A site as the consortium sees it now; `standing` is there where a run was asked for."""
 
     name: str
     attached: bool
@@ -54,6 +69,7 @@ class SiteState:
     software: str | None
     enrolled: datetime
     revoked: datetime | None
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +83,10 @@ class CoordinatorState:
 
 @dataclass(frozen=True)
 class ConsortiumState:
-    """How the consortium is: its sites, its coordinators, and the runs that have not ended."""
+    """How the consortium is: its sites, its coordinators, and the runs that have not ended.
+
+    Where a run was asked for, it is the only one, ended or not, and the sites are those of its study.
+    """
 
     sites: tuple[SiteState, ...]
     coordinators: tuple[CoordinatorState, ...]
@@ -141,9 +160,13 @@ class Consortium:
         reply = self._call(lambda stub: stub.ListRuns(pb.ListRunsRequest(most=most), timeout=_PATIENCE))
         return tuple(map(from_run, reply.runs))
 
-    def state(self) -> ConsortiumState:
-        """Returns how the consortium is."""
-        reply = self._call(lambda stub: stub.Status(pb.StatusRequest(), timeout=_PATIENCE))
+    def state(self, run: str | None = None) -> ConsortiumState:
+        """Returns how the consortium is, or how a run's sites stand.
+
+        Raises:
+            StudyError: there is no such run among those that you may see.
+        """
+        reply = self._call(lambda stub: stub.Status(pb.StatusRequest(run=run), timeout=_PATIENCE))
         sites = tuple(
             SiteState(
                 name=site.site,
@@ -152,6 +175,7 @@ class Consortium:
                 software=site.software or None,
                 enrolled=_time(site.enrolled),
                 revoked=_time(site.revoked) if site.HasField("revoked") else None,
+                standing=_standing(site.standing) if site.HasField("standing") else None,
             )
             for site in reply.sites
         )
@@ -281,6 +305,10 @@ def from_run(told: pb.Run) -> RunRow:
         started=_time(told.started) if told.HasField("started") else None,
         ended=_time(told.ended) if told.HasField("ended") else None,
     )
+
+
+def _standing(told: pb.Standing) -> Standing:
+    return Standing(word=told.word, round=told.round, at=_time(told.at))
 
 
 _ERRORS: Mapping[grpc.StatusCode, type[CohortiumError]] = {

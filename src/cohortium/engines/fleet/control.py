@@ -20,7 +20,7 @@ import grpc
 from cohortium.coordinator.authority import principal_of
 from cohortium.coordinator.exchange import Presence
 from cohortium.coordinator.keepsake import Keepsake, pack
-from cohortium.coordinator.ports import ENDED, Desk, RunEvent, RunRow, SiteRow, Terms, Unavailable, Wish
+from cohortium.coordinator.ports import ENDED, Desk, RunEvent, RunRow, SiteRow, SiteState, Terms, Unavailable, Wish
 from cohortium.core.document import MAX_DOCUMENT_BYTES, from_canonical, study_id_of
 from cohortium.core.errors import CohortiumError, PolicyRefused, StudyError
 from cohortium.core.messages import MOST_SEED
@@ -33,6 +33,7 @@ _PART = 1 << 20
 _LOOK = 0.5
 """Seconds after which a watcher looks at the store, whether or not it heard of news."""
 _LONGEST_NAME = 80
+_MOST_RUNS = 1000
 _LONGEST_WAIT = 30 * 86400.0
 _MOST_STREAMS = {"events": 64, "results": 8}
 """Streams that one person may have open at one coordinator; a result is in memory until it was read."""
@@ -140,8 +141,8 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
         return to_run(await self._answer(context, "read", lambda caller: self._visible(caller, request.run)))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsReply:  # noqa: N802
-        async def listed(caller: Caller) -> list[RunRow]:
-            return [row for row in await self._desk.runs(min(request.most or 100, 1000)) if _may(caller, row)]
+        async def listed(caller: Caller) -> Sequence[RunRow]:
+            return await self._desk.runs(min(request.most or 100, _MOST_RUNS), _sees(caller))
 
         return pb.ListRunsReply(runs=map(to_run, await self._answer(context, "read", listed)))
 
@@ -178,12 +179,17 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:  # noqa: N802
         async def status(caller: Caller) -> pb.StatusReply:
-            rows = self._sites()
+            rows, standings = self._sites(), dict[str, SiteState]()
+            if request.HasField("run"):
+                runs: Sequence[RunRow] = [await self._visible(caller, request.run)]
+                standings = {one.site: one for one in await self._desk.site_states(request.run)}
+                rows = {name: row for name, row in rows.items() if name in standings}
+            else:
+                runs = await self._desk.runs(_MOST_RUNS, _sees(caller), under_way=True)
             present = await self._present(list(rows))
-            runs = [row for row in await self._desk.runs(1000) if row.status not in ENDED and _may(caller, row)]
             living = await self._desk.coordinators()
             return pb.StatusReply(
-                sites=[_site(row, present.get(name)) for name, row in sorted(rows.items())],
+                sites=[_site(row, present.get(name), standings.get(name)) for name, row in sorted(rows.items())],
                 coordinators=[
                     pb.CoordinatorStatus(coordinator=name, address=address, seen=_seconds(seen))
                     for name, address, seen in living
@@ -223,7 +229,7 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
 
     async def _visible(self, caller: Caller, run: str) -> RunRow:
         row = await self._desk.run(run) if run.isprintable() and len(run) <= _LONGEST_NAME else None
-        if row is None or not _may(caller, row):
+        if row is None or _sees(caller) not in (None, row.owner):
             raise StudyError(f"there is no run '{run}' among those that you may see")
         return row
 
@@ -260,8 +266,9 @@ async def _caller(context: Context, now: datetime) -> Caller:
     return Caller(principal.role, principal.name)
 
 
-def _may(caller: Caller, row: RunRow) -> bool:
-    return caller.role == "operator" or row.owner == f"{caller.role}:{caller.name}"
+def _sees(caller: Caller) -> str | None:
+    """Returns the owner whose runs alone the caller sees; None: they see all runs."""
+    return None if caller.role == "operator" else f"{caller.role}:{caller.name}"
 
 
 def _terms(told: pb.Terms) -> Terms:
@@ -290,7 +297,7 @@ def to_run(row: RunRow) -> pb.Run:
     )
 
 
-def _site(row: SiteRow, presence: Presence | None) -> pb.SiteStatus:
+def _site(row: SiteRow, presence: Presence | None, standing: SiteState | None) -> pb.SiteStatus:
     return pb.SiteStatus(
         site=row.name,
         attached=presence is not None,
@@ -298,6 +305,7 @@ def _site(row: SiteRow, presence: Presence | None) -> pb.SiteStatus:
         software=presence.version if presence else None,
         enrolled=_seconds(row.enrolled),
         revoked=_seconds(row.revoked) if row.revoked else None,
+        standing=pb.Standing(word=standing.state, round=standing.round, at=_seconds(standing.at)) if standing else None,
     )
 
 

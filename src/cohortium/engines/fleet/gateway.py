@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import grpc
 
 from cohortium.coordinator.authority import Principal, principal_of
+from cohortium.core.codec import Data
 from cohortium.core.errors import ProtocolError
 from cohortium.engines.fleet.chunks import (
     MOST_FRAME,
@@ -32,8 +33,6 @@ PROTOCOL = 1
 KEEPALIVE = 20
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 Code = grpc.StatusCode
-Files = Callable[[], tuple[bytes, bytes, bytes]]
-"""Returns PEM: the authority's certificates, this end's certificate chain and its key."""
 
 
 class Outbox(Protocol):
@@ -55,7 +54,7 @@ class Exchange(Protocol):
     async def detach(self, site: str, outbox: Outbox) -> None:
         """Forgets a site's stream, unless another one is in use by now."""
 
-    async def heard(self, site: str, run: str, data: bytes) -> None:
+    async def heard(self, site: str, run: str, data: Data) -> None:
         """Brings a site's message to the run's leader."""
 
 
@@ -319,32 +318,11 @@ def peer(context: Any) -> Principal:
         raise _Closed(Code.UNAUTHENTICATED, str(error)) from None
 
 
-def credentials(files: Files) -> grpc.ServerCredentials:
-    """Returns a server's mutual TLS; `files` is asked at each handshake, so that new files need no restart.
-
-    `files` is called on another thread.
-    """
-    last = files()
-
-    def configuration(now: tuple[bytes, bytes, bytes]) -> grpc.ServerCertificateConfiguration:
-        authorities, chain, key = now
-        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
-
-    def fetch() -> Any:
-        nonlocal last
-        now = files()
-        if now == last:
-            return None
-        last = now
-        return configuration(now)
-
-    return grpc.dynamic_ssl_server_credentials(configuration(last), fetch, require_client_authentication=True)
-
-
 OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MOST_FRAME),
     ("grpc.max_send_message_length", 2 * MOST_FRAME),
     ("grpc.http2.lookahead_bytes", 4 << 20),
+    ("grpc.http2.max_frame_size", 1 << 20),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.keepalive_time_ms", KEEPALIVE * 1000),
     ("grpc.keepalive_timeout_ms", 10_000),

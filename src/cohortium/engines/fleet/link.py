@@ -38,6 +38,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MOST_FRAME),
     ("grpc.max_send_message_length", 2 * MOST_FRAME),
     ("grpc.http2.lookahead_bytes", 4 << 20),
+    ("grpc.http2.max_frame_size", 1 << 20),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -887,14 +887,21 @@ Global___ResultPart: _TypeAlias = ResultPart  # noqa: Y015
 class StatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """A run to ask for, ended or not."""
     def __init__(
         self,
+        *,
+        run: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
+    _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run) -> _WhichOneofReturnType__run | None: ...
 
 Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 
@@ -906,12 +913,14 @@ class StatusReply(_message.Message):
     COORDINATORS_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteStatus]: ...
+    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteStatus]:
+        """All sites, or those of the run that was asked for."""
+
     @_builtins.property
     def coordinators(self) -> _containers.RepeatedCompositeFieldContainer[Global___CoordinatorStatus]: ...
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]:
-        """Runs that have not ended."""
+        """Runs that have not ended, or the one that was asked for."""
 
     def __init__(
         self,
@@ -938,6 +947,7 @@ class SiteStatus(_message.Message):
     SOFTWARE_FIELD_NUMBER: _builtins.int
     ENROLLED_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     attached: _builtins.bool
     coordinator: _builtins.str
@@ -945,6 +955,10 @@ class SiteStatus(_message.Message):
     software: _builtins.str
     enrolled: _builtins.float
     revoked: _builtins.float
+    @_builtins.property
+    def standing(self) -> Global___Standing:
+        """How it stands in the run that was asked for."""
+
     def __init__(
         self,
         *,
@@ -954,10 +968,11 @@ class SiteStatus(_message.Message):
         software: _builtins.str | None = ...,
         enrolled: _builtins.float = ...,
         revoked: _builtins.float | None = ...,
+        standing: Global___Standing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_coordinator", b"_coordinator", "_revoked", b"_revoked", "_software", b"_software", "coordinator", b"coordinator", "revoked", b"revoked", "software", b"software"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coordinator", b"_coordinator", "_revoked", b"_revoked", "_software", b"_software", "coordinator", b"coordinator", "revoked", b"revoked", "software", b"software", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coordinator", b"_coordinator", "_revoked", b"_revoked", "_software", b"_software", "attached", b"attached", "coordinator", b"coordinator", "enrolled", b"enrolled", "revoked", b"revoked", "site", b"site", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coordinator", b"_coordinator", "_revoked", b"_revoked", "_software", b"_software", "attached", b"attached", "coordinator", b"coordinator", "enrolled", b"enrolled", "revoked", b"revoked", "site", b"site", "software", b"software", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__coordinator: _TypeAlias = _typing.Literal["coordinator"]  # noqa: Y015
     _WhichOneofArgType__coordinator: _TypeAlias = _typing.Literal["_coordinator", b"_coordinator"]  # noqa: Y015
@@ -973,6 +988,36 @@ class SiteStatus(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__software) -> _WhichOneofReturnType__software | None: ...
 
 Global___SiteStatus: _TypeAlias = SiteStatus  # noqa: Y015
+
+@_typing.final
+class Standing(_message.Message):
+    """How a site stands in a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORD_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    word: _builtins.str
+    """Its last word: `waiting` before the first, then `contributed`, or `refused`."""
+    round: _builtins.int
+    """The last round in which its contribution was summed, 0 if none."""
+    at: _builtins.float
+    """When that was, in seconds since 1970-01-01 UTC."""
+    def __init__(
+        self,
+        *,
+        word: _builtins.str = ...,
+        round: _builtins.int = ...,
+        at: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "round", b"round", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
 @_typing.final
 class CoordinatorStatus(_message.Message):
