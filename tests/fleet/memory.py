@@ -209,7 +209,6 @@ class MemoryStore:
                 site=site,
                 state="contributed" if site in last else "waiting",
                 round=last.get(site, 0),
-                seconds=None,
                 at=datetime.now(UTC),
             )
             for site in sorted(self.asked[run])

@@ -78,14 +78,12 @@ def test_a_run_from_queue_to_outcome(stores: Stores) -> None:
             parts = {"model": os.urandom(2 * PIECE + 17), "empty": b""}
             await here.runs.save(claim, Checkpoint(round=1, state=b"s1", parts=parts), None, [RunEvent(kind="opened")])
             applied = Applied(number=1, survivors=("a", "b"), facts={"loss": 0.5})
-            lost = RunEvent(kind="lost", facts={"site": "b", "seconds": 2.5, "why": "nul \0 here"})
+            lost = RunEvent(kind="lost", facts={"site": "b", "why": "nul \0 here"})
             state = Checkpoint(round=2, state=b"s2", parts={"sum": b"7"}, keep=("model",))
             await here.runs.save(claim, state, applied, [lost])
             assert await here.desk.applied("run") == [applied]
-            states = {
-                state.site: (state.state, state.round, state.seconds) for state in await here.desk.site_states("run")
-            }
-            assert states == {"a": ("contributed", 1, None), "b": ("lost", 1, 2.5)}
+            states = {state.site: (state.state, state.round) for state in await here.desk.site_states("run")}
+            assert states == {"a": ("contributed", 1), "b": ("lost", 1)}
             await here.runs.release(claim)
             (again,) = await here.runs.claim("two", STALE, 5)
             assert again.checkpoint == Checkpoint(round=2, state=b"s2", parts={"model": parts["model"], "sum": b"7"})

@@ -39,7 +39,7 @@ _EVENTS = "SELECT kind, facts, seq, at FROM events WHERE run = %s AND seq > %s O
 _APPLIED = "SELECT number, survivors, facts FROM rounds WHERE run = %s ORDER BY number"
 _OUTCOME = "SELECT data FROM outcomes WHERE run = %s"
 _COORDINATORS = "SELECT name, address, seen FROM coordinators ORDER BY name"
-_STATES = "SELECT site, state, round, seconds, at FROM run_sites WHERE run = %s ORDER BY site"
+_STATES = "SELECT site, state, round, at FROM run_sites WHERE run = %s ORDER BY site"
 
 
 class PostgresDesk:
@@ -140,8 +140,8 @@ class PostgresDesk:
         """Returns how a run's sites stand, by name."""
         rows = await self._rows(_STATES, run)
         return [
-            SiteState(site=site, state=state, round=number, seconds=seconds, at=at)
-            for site, state, number, seconds, at in rows
+            SiteState(site=site, state=state, round=number, at=at)
+            for site, state, number, at in rows
         ]
 
     async def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:

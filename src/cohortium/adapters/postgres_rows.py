@@ -54,15 +54,15 @@ def text(value: str | None) -> str | None:
 
 def tidings(applied: Applied | None, events: Sequence[RunEvent]) -> dict[str, Any]:
     """Returns the parameters that say what a round and events tell of sites: one entry for each site, the last word."""
-    told: dict[str, tuple[str, float | None]] = {}
+    told: dict[str, str] = {}
     for event in events:
-        site, seconds = event.facts.get("site"), event.facts.get("seconds")
+        site = event.facts.get("site")
         if isinstance(site, str):
-            told[site] = (event.kind, float(seconds) if isinstance(seconds, int | float) else None)
+            told[site] = event.kind
     survivors = list(applied.survivors) if applied else []
     for site in survivors:
         # a site that was told of in the same breath keeps that word
-        told.setdefault(site, ("contributed", None))
+        told.setdefault(site, "contributed")
     return {
         "kinds": [event.kind for event in events],
         "facts": [json(event.facts) for event in events],
@@ -71,8 +71,7 @@ def tidings(applied: Applied | None, events: Sequence[RunEvent]) -> dict[str, An
         "survivors": survivors,
         "round_facts": json(applied.facts) if applied else "{}",
         "told": list(told),
-        "states": [state for state, _ in told.values()],
-        "seconds": [seconds for _, seconds in told.values()],
+        "states": list(told.values()),
     }
 
 

@@ -123,10 +123,10 @@ WITH mine AS (
     INSERT INTO contributions (run, round, site)
     SELECT run, %(number)s, site FROM mine, unnest(%(survivors)s::text[]) AS site
 ), standing AS (
-    UPDATE run_sites SET state = news.state, seconds = coalesce(news.seconds, run_sites.seconds),
+    UPDATE run_sites SET state = news.state,
         round = CASE WHEN news.site = ANY(%(survivors)s::text[]) THEN %(number)s ELSE run_sites.round END,
         at = clock_timestamp()
-    FROM mine, unnest(%(told)s::text[], %(states)s::text[], %(seconds)s::float8[]) AS news (site, state, seconds)
+    FROM mine, unnest(%(told)s::text[], %(states)s::text[]) AS news (site, state)
     WHERE run_sites.run = mine.run AND run_sites.site = news.site
 ){more}
 SELECT count(pg_notify(channel, name)) FROM mine, (VALUES {news}) AS told (channel, name)

@@ -67,7 +67,7 @@ class FileSource:
             raise DataError(
                 f"{self.path}: {reason} ({error.strerror}). Nothing was sent. Restore it.", public=reason
             ) from None
-        return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        return f"{self.path} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
     def _kind(self) -> str:
         suffixes = [suffix.lower() for suffix in self.path.suffixes]

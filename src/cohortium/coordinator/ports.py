@@ -131,15 +131,11 @@ class SiteRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteState:
-    """How a site stands in a run: its last word (an event's kind, or 'contributed'), and its last round, 0 if none.
-
-    `seconds` is how long its last answer took, where an event's facts said it.
-    """
+    """How a site stands in a run: its last word (an event's kind, or 'contributed'), and its last round, 0 if none."""
 
     site: str
     state: str
     round: int
-    seconds: float | None
     at: datetime
 
 

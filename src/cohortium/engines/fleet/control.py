@@ -8,8 +8,8 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -32,6 +32,8 @@ log = logging.getLogger("cohortium.fleet")
 _PART = 1 << 20
 _LOOK = 0.5
 """Seconds after which a watcher looks at the store, whether or not it heard of news."""
+_TOGETHER = 0.1
+"""Seconds between two looks of a watcher at the least."""
 _LONGEST_NAME = 80
 _MOST_RUNS = 1000
 _LONGEST_WAIT = 30 * 86400.0
@@ -61,15 +63,13 @@ class News:
         for event in self._waiting.get(channel, ()):
             event.set()
 
-    async def wait(self, channel: str, seconds: float) -> None:
-        """Returns when there is news of the channel, and at the latest after some seconds."""
+    @contextmanager
+    def of(self, channel: str) -> Iterator[asyncio.Event]:
+        """Yields what is set whenever there is news of the channel; whoever waits clears it before looking."""
         event = asyncio.Event()
         self._waiting.setdefault(channel, set()).add(event)
         try:
-            async with asyncio.timeout(seconds):
-                await event.wait()
-        except TimeoutError:
-            pass
+            yield event
         finally:
             self._waiting[channel].discard(event)
             if not self._waiting[channel]:
@@ -158,18 +158,24 @@ class ConsortiumService(pb_grpc.ConsortiumServicer):
 
     async def Events(self, request: pb.EventsRequest, context: Context) -> AsyncIterator[pb.Event]:  # noqa: N802
         async with self._stream(context, "events"):
-            row = await self._answer(context, "read", lambda caller: self._visible(caller, request.run))
             after = request.after
-            while True:
-                ended = row.status in ENDED
-                for event in await self._answer(context, "", partial(self._since, request.run, after)):
-                    after = event.seq
-                    facts = json.dumps(dict(event.facts)).encode()
-                    yield pb.Event(seq=event.seq, at=_seconds(event.at), kind=event.kind, facts=facts)
-                if ended:
-                    return
-                await self._news.wait(f"run:{request.run}", _LOOK)
-                row = await self._answer(context, "", lambda caller: self._visible(caller, request.run))
+            row = await self._answer(context, "read", lambda caller: self._visible(caller, request.run))
+            with self._news.of(f"run:{request.run}") as told:
+                while True:
+                    ended = row.status in ENDED
+                    for event in await self._answer(context, "", partial(self._since, request.run, after)):
+                        after = event.seq
+                        facts = json.dumps(dict(event.facts)).encode()
+                        yield pb.Event(seq=event.seq, at=_seconds(event.at), kind=event.kind, facts=facts)
+                    if ended:
+                        return
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_LOOK):
+                            await told.wait()
+                    # rounds that take milliseconds are told together
+                    await asyncio.sleep(_TOGETHER)
+                    told.clear()
+                    row = await self._answer(context, "", lambda caller: self._visible(caller, request.run))
 
     async def Result(self, request: pb.ResultRequest, context: Context) -> AsyncIterator[pb.ResultPart]:  # noqa: N802
         async with self._stream(context, "results"):

@@ -125,7 +125,6 @@ CREATE TABLE cohortium.run_sites (
     site text NOT NULL,
     state text NOT NULL DEFAULT 'waiting',
     round integer NOT NULL DEFAULT 0,
-    seconds double precision,
     at timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (run, site)
 ) WITH (fillfactor = 70);
