@@ -12,7 +12,7 @@ import pytest
 
 import cohortium as co
 from cohortium.bootstrap.simulation import coordinator_key, simulated_agents
-from cohortium.coordinator import service
+from cohortium.coordinator import leading
 from cohortium.coordinator.exchange import Exchange
 from cohortium.coordinator.keepsake import Keepsake, pack, unpack
 from cohortium.coordinator.ports import RunRow, SiteRow, Terms
@@ -147,7 +147,7 @@ def test_another_coordinator_takes_over_at_any_point_and_nothing_is_lost(
     study: Study, save: int, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if beside:
-        monkeypatch.setattr(service, "_BESIDE", -1)
+        monkeypatch.setattr(leading, "_BESIDE", -1)
 
     async def go() -> None:
         cluster = Cluster.of(study)
@@ -176,7 +176,7 @@ def test_a_store_that_fails_in_the_middle_of_a_write_loses_and_repeats_nothing(
     fault: Fault, save: int, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if beside:
-        monkeypatch.setattr(service, "_BESIDE", -1)
+        monkeypatch.setattr(leading, "_BESIDE", -1)
 
     async def go() -> None:
         study = tolerant()
@@ -199,11 +199,11 @@ def test_a_study_that_takes_long_to_prepare_does_not_make_its_coordinator_look_d
         for process in (first, second):
             process.service._pace = Pace(beat=0.05, stale=0.6)
 
-            def prepared(document: bytes, compiled: Any = process.service._compiled) -> Any:
+            def prepared(document: bytes, compiled: Any = process.service._shared.plan) -> Any:
                 time.sleep(1.5)
                 return compiled(document)
 
-            process.service._compiled = prepared  # type: ignore[assignment]
+            process.service._shared = replace(process.service._shared, plan=prepared)
         await cluster.attach(first)
         await cluster.submit("slow")
         row = await cluster.ended("slow")
