@@ -88,6 +88,8 @@ class Leading:
             log.info("another coordinator leads the run by now", extra={"run": run})
         except Unavailable as error:
             log.warning("a run is put aside until the store is back", extra={"run": run, "reason": str(error)})
+            # a store that answers and cannot write, as with a full disk, would have it claimed again at once
+            await asyncio.sleep(self._shared.pause)
             await self._given_back()
         except Exception as error:
             log.error("a run failed in a way that nobody foresaw", extra={"run": run}, exc_info=error)
