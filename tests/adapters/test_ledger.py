@@ -115,7 +115,9 @@ def test_a_round_is_charged_once(path: Path, book: SqliteLedger) -> None:
             for study, who, events in (("s", PATIENTS, ROUND), ("t", PATIENTS[:1], (Gaussian(99.0),))):
                 with pytest.raises(ProtocolError, match="round 1 was refused: this site was charged for it before"):
                     again.charge("run", study, 1, units(who), events)
+        assert not other.holds("run", 2)
         assert other.charge("run", "s", 2, units(PATIENTS), ROUND).all()
+        assert book.holds("run", 2)
         assert book.charge("another", "s", 1, units(PATIENTS), ROUND).all()
         assert book.head()[0] == 3
 

@@ -104,6 +104,25 @@ except MemoryError:
     assert (run.returncode, run.stdout) == (0, "refused\n"), run.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are bound on Linux")
+def test_threads_that_were_there_before_keep_to_the_processors_too() -> None:
+    code = """
+import os, threading
+import numpy as np
+from cohortium.adapters import limits
+from cohortium.adapters.site_config import Limits
+rest = threading.Event()
+threading.Thread(target=rest.wait, daemon=True).start()
+limits.impose(Limits(cpus=1))
+np.ones((500, 500)) @ np.ones((500, 500))
+bound = {int(thread): os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")}
+assert len(bound) >= 2
+assert len(set(map(frozenset, bound.values()))) == 1 and len(bound[os.getpid()]) == 1, bound
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_no_limits_change_nothing() -> None:
     environment: dict[str, str] = {}
     before = os.sched_getaffinity(0)

@@ -20,7 +20,8 @@ from cohortium.core.protection import Aggregation
 from cohortium.core.random import Randomness
 from cohortium.core.study import Study
 from cohortium.core.training import Asynchronous, Averaging, Local
-from cohortium.engines.fleet.attendant import Attendant
+from cohortium.engines.fleet import attendant as module
+from cohortium.engines.fleet.attendant import Attendant, Trainers
 from cohortium.plan import Plan, compile_study
 from cohortium.site.agent import Agent, Taken, Work
 
@@ -210,6 +211,127 @@ def test_a_run_whose_rounds_are_buffers_notes_them_while_the_site_trains() -> No
         await serving(mine, link, scenario)
 
     asyncio.run(go())
+
+
+@dataclass
+class Bare:
+    """An agent whose thread waits at a gate, and that trains behind another for messages that begin with "train"."""
+
+    gates: dict[str, threading.Event] = field(default_factory=lambda: {"agent": threading.Event()})
+    dealt: list[bytes] = field(default_factory=list)
+
+    def receive(self, data: bytes) -> list[bytes]:
+        return self.take(data).answers
+
+    def take(self, data: bytes) -> Any:
+        if data.startswith(b"train"):
+            return Taken([], self)  # type: ignore[arg-type]
+        assert self.gates["agent"].wait(20)
+        self.dealt.append(data)
+        return Taken([])
+
+    apart = False
+
+    def done(self) -> None:
+        assert self.gates["training"].wait(20)
+
+    def finish(self, work: Any, result: Any) -> Taken:
+        return Taken([])
+
+
+class Stream(Link):
+    """Notes how many messages were read."""
+
+    read = 0
+
+    async def messages(self) -> AsyncIterator[tuple[str, bytes]]:
+        while True:
+            message = await self.incoming.get()
+            self.read += 1
+            yield message
+
+
+async def rested(link: Stream) -> int:
+    """Returns how many messages are read until no more are."""
+    before = -1
+    while before != link.read:
+        before = link.read
+        for _ in range(50):
+            await asyncio.sleep(0)
+    return before
+
+
+async def dealt(agent: Bare, count: int) -> None:
+    async with asyncio.timeout(20):
+        while len(agent.dealt) < count:
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("runs", "size", "most"),
+    [(300, 10, module._MOST_RUNS), (60, 1000, 20), (1, 1000, 20)],
+    ids=["many runs", "many bytes", "one run"],
+)
+def test_what_waits_for_the_agent_stays_on_the_network(runs: int, size: int, most: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_MOST_BYTES", 20_000)
+    agent, link = Bare(), Stream()
+
+    async def scenario() -> None:
+        for number in range(300):
+            link.incoming.put_nowait((f"r{number % runs}", b"%05d" % number + bytes(size - 5)))
+        assert await rested(link) == most
+        agent.gates["agent"].set()
+        await dealt(agent, 300)
+        # messages of one run keep their order
+        order = [int(data[:5]) for data in agent.dealt]
+        assert all([one for one in order if one % runs == run] == list(range(run, 300, runs)) for run in range(runs))
+
+    asyncio.run(serving(agent, link, scenario))
+
+
+def test_what_waits_for_its_own_training_keeps_nobody_from_being_read(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "_SHARE", 1 << 20)
+    agent, link = Bare(), Stream()
+    agent.gates["agent"].set()
+    agent.gates["training"] = threading.Event()
+
+    async def scenario() -> None:
+        link.incoming.put_nowait(("long", b"train"))
+        await rested(link)
+        for number in range(10):
+            link.incoming.put_nowait(("long", b"%d" % number + bytes(700 << 10)))
+        link.incoming.put_nowait(("long", b"small"))
+        for number in range(10):
+            link.incoming.put_nowait((f"r{number}", b"other"))
+        await dealt(agent, 10)
+        assert set(agent.dealt) == {b"other"}
+        agent.gates["training"].set()
+        await dealt(agent, 13)
+        # of what is long a share was kept, and the one with which it was reached
+        assert [data[:5].rstrip(b"\0") for data in agent.dealt[10:]] == [b"0", b"1", b"small"]
+
+    asyncio.run(serving(agent, link, scenario))
+
+
+def test_a_long_message_waits_behind_a_short_one() -> None:
+    queue = module._Queue(held=5000)
+    assert queue.takes(bytes(2 * module._SHARE))
+
+
+def test_trainers_give_results_and_failures_and_pass_over_what_was_cancelled() -> None:
+    trainers, gate, began = Trainers(1), threading.Event(), threading.Event()
+
+    def first() -> bool:
+        began.set()
+        return gate.wait(20)
+
+    one, two, three, four = trainers.submit(first), *(trainers.submit(divmod, 7, by) for by in (2, 2, 0))
+    assert began.wait(20) and two.cancel()
+    gate.set()
+    assert one.result(20) and three.result(20) == (3, 1)
+    assert isinstance(four.exception(20), ZeroDivisionError)
+    assert trainers.submit(sum, [1, 2], start=3).result(20) == 6
 
 
 def test_coordinators_lead_runs_whose_rounds_are_buffers() -> None:

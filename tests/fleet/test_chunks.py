@@ -126,6 +126,40 @@ def test_messages_are_held_until_they_may_be_sent() -> None:
     assert queue.next() is not None
 
 
+def test_of_short_messages_that_nobody_reads_the_last_ones_are_kept() -> None:
+    queue, most, long = Queue(), chunks.MOST_SHORT, bytes(CONTROL_BYTES + 1)
+    queue.hold({"long": len(long)})
+    queue.put("long", long)
+    for number in range(2 * most):
+        # many runs, and many messages of one
+        queue.put("one" if number % 2 else f"run {number}", b"%d" % number)
+    assert len(queue) == most + 1
+    found = [data for _, data in drain(queue, Assembler(default=LARGE))]
+    assert sorted(found) == sorted([long, *(b"%d" % number for number in range(most, 2 * most))])
+    assert len(queue) == queue.backlog == 0
+    for number in range(most):
+        queue.put("one", b"%d" % number)
+    assert len(queue) == most  # what was sent does not count
+
+
+def test_a_coordinator_keeps_all_that_it_says() -> None:
+    queue = Queue()
+    for number in range(2 * chunks.MOST_SHORT):
+        queue.put(f"run {number}", b"%d" % number)
+    assert len(queue) == 2 * chunks.MOST_SHORT
+
+
+def test_what_is_too_long_for_a_run_now_is_forgotten() -> None:
+    queue = Queue()
+    queue.hold({})
+    for run, size in (("a", 10), ("a", 5000), ("b", 5000), ("a", 20)):
+        queue.put(run, bytes(size))
+    queue.drop_longer("a", 15)
+    queue.drop_longer("c", 15)
+    assert (len(queue), queue.backlog) == (2, 5010)
+    assert drain(queue, Assembler(default=LARGE)) == [("a", bytes(10))]
+
+
 def chunk(**changes) -> pb.Chunk:
     data = {"run": "a", "transfer": b"t" * 16, "total": 10_000, "offset": 0, "data": bytes(5_000)}
     return pb.Chunk(**(data | changes))

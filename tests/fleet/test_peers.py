@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from cohortium.core.errors import CohortiumError, PolicyRefused, ProtocolError, StudyError
 from cohortium.core.identity import Introduction, fingerprint, introduce
-from cohortium.site.peers import Met, Peers, confirm, meet, pinned
+from cohortium.site.peers import Met, Peers, Pinned, confirm, meet, pinned
 
 COORDINATOR = Ed25519PrivateKey.generate()
 TRUSTED = COORDINATOR.public_key().public_bytes_raw()
@@ -54,6 +54,16 @@ def test_a_confirmed_change_is_taken() -> None:
     taken = confirm(peers, "south", fingerprint(b"3" * 32).replace("-", " "))
     assert pinned(taken, "confirmed", ME)["south"] == b"3" * 32
     assert taken["south"].other is None
+
+
+def test_who_looks_while_identities_are_replaced_sees_all_of_the_old_or_all_of_the_new() -> None:
+    old, new = {f"site{number}": bytes([number]) * 32 for number in range(4)}, {"south": b"1" * 32}
+    view = Pinned(old)
+    seen = view.keys()
+    assert (dict(view), set(old) - seen, len(view)) == (old, set(), 4)
+    view.now = new
+    assert (dict(view), set(seen), "south" in view, view.get("site1")) == (new, {"south"}, True, None)
+    assert len(old) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 import os
 import random
+import resource
 import select
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -40,6 +43,7 @@ from cohortium.core.messages import (
 )
 from cohortium.core.models import Network
 from cohortium.core.protection import Aggregation
+from cohortium.core.random import Randomness
 from cohortium.core.training import Asynchronous, Averaging, Local
 from cohortium.engines import local
 from cohortium.plan import Plan, compile_study
@@ -317,25 +321,27 @@ class TestOnce:
 
 @dataclass
 class Failing:
-    """A journal that fails when it is told to, before or after it has written."""
+    """A journal that fails when it is told to, before or after it has written; for one run if it is named."""
 
     real: SqliteJournal
     fail: str = ""
+    run: str = ""
 
-    def runs(self) -> Any:
-        return self.real.runs()
+    def runs(self, but: Any = ()) -> Any:
+        return self.real.runs(but)
 
     def answers(self, request: Request) -> Any:
         return self.real.answers(request)
 
-    def intend(self, request: Request, digest: bytes) -> bool:
-        return self.real.intend(request, digest)
+    def intend(self, request: Request, digest: bytes, *, charged: bool) -> bool:
+        return self.real.intend(request, digest, charged=charged)
 
     def keep(self, study: str, request: Request, answers: Any, after: Frozen | None) -> None:
-        if self.fail == "before":
+        fail = self.fail if self.run in ("", request.run) else ""
+        if fail == "before":
             raise SiteError("the disk is full", public="this site's journal cannot be used")
         self.real.keep(study, request, answers, after)
-        if self.fail == "after":
+        if fail == "after":
             raise SiteError("the disk is full", public="this site's journal cannot be used")
 
 
@@ -370,10 +376,96 @@ def test_what_was_paid_for_is_not_exchanged(home: Path) -> None:
         inner = codec.encode(other)
         assert inner == message.broadcast
         with pytest.raises(ProtocolError, match="with another broadcast"):
-            hospital.agent.journal.intend(Request("run", "OpenRound", 1), b"another")
+            hospital.agent.journal.intend(Request("run", "OpenRound", 1), b"another", charged=True)
         assert say(hospital, message) == script[place][1]
         # once it is answered, nothing makes the ledger take the round for unpaid
-        assert hospital.agent.journal.intend(Request("run", "OpenRound", 1), b"another") is False
+        for _ in range(2):
+            request = Request("run", "OpenRound", 1)
+            assert hospital.agent.journal.intend(request, b"another", charged=True) is False
+
+
+class Kill(BaseException):
+    """What ends an agent at once."""
+
+
+@dataclass
+class Deadly:
+    """A ledger before whose charge the agent is killed."""
+
+    real: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def charge(self, *_: Any, **__: Any) -> Any:
+        raise Kill
+
+
+@pytest.mark.parametrize("how", ["killed", "not kept"])
+def test_what_was_sent_under_a_lost_journal_pays_for_nothing_more(home: Path, how: str) -> None:
+    _, script = undisturbed(PRIVATE)
+    opened, agreed, asked = (message for message, _ in script[:3])
+    assert isinstance(agreed, KeySet)
+    with Hospital(home, PRIVATE) as hospital:
+        up_to(hospital, script, OpenRound, 1)
+    for path in home.glob("journal.sqlite*"):
+        path.unlink()
+    shutil.rmtree(home / "spool")
+    with Hospital(home, PRIVATE) as hospital:
+        # the steward approved the study again, and the run's name comes back; the agent has other randomness now
+        hospital.agent.randomness = Randomness.of_seed(99)
+        mine = told(say(hospital, opened))
+        assert isinstance(mine, Announcement)
+        others = tuple(mine if one.site == ME else one for one in agreed.announcements)
+        assert say(hospital, msgspec.structs.replace(agreed, announcements=others)) == []
+        if how == "killed":
+            hospital.agent.ledger = Deadly(hospital.agent.ledger)
+            with pytest.raises(Kill):
+                say(hospital, asked)
+            hospital.restart()
+        else:
+            hospital.agent.journal = Failing(hospital.agent.journal, "before")
+            assert say(hospital, asked) == []
+            hospital.agent.journal.fail = ""
+        refused = told(say(hospital, asked))
+        assert isinstance(refused, Refusal) and "charged for it before" in refused.reason
+        assert hospital.agent.ledger.head()[0] == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_cannot_be_kept_disturbs_no_other(
+    home: Path, script: list[tuple[ToSite, list[bytes]]], when: str
+) -> None:
+    other = OpenRun("other", canonical_bytes(PLAN.study), 5)
+    with Hospital(home) as hospital:
+        hospital.agent.journal = Failing(hospital.agent.journal, when, "other")
+        place = up_to(hospital, script, KeySet)
+        work = hospital.agent.take(codec.encode(script[place][0])).work
+        assert say(hospital, other) == []
+        # training that was under way is taken in
+        assert hospital.agent.finish(work, work.done()).answers == script[place][1]
+        hospital.agent.journal.fail = ""
+        said = say(hospital, other)
+        assert isinstance(told(said), Announcement)
+        hospital.agent.journal.fail = when
+        assert say(hospital, CloseRun("other", "failed")) == []
+        for message, expected in script[place + 1 :]:
+            assert say(hospital, message) == expected
+        # where the other run stands is what the journal says
+        hospital.agent.journal.fail = ""
+        assert ("other" in hospital.agent._sessions) is (when == "before")
+        assert (say(hospital, other) == said) is (when == "before")
+
+
+def test_a_run_whose_end_is_not_kept_goes_on(home: Path) -> None:
+    study_bytes = canonical_bytes(PLAN.study)
+    with Hospital(home) as hospital:
+        for number in range(16):
+            say(hospital, OpenRun(f"run-{number}", study_bytes))
+        hospital.agent.journal = Failing(hospital.agent.journal, "before", "run-0")
+        assert isinstance(told(say(hospital, OpenRun("run-16", study_bytes))), Refusal)
+        say(hospital, CloseRun("none", "failed"))
+        assert len(hospital.agent._sessions) == 16 and "run-0" in hospital.agent._sessions
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +524,90 @@ class TestLarge:
         assert os.listdir(home / "spool") == []
 
 
+@pytest.fixture
+def journal(home: Path) -> Iterator[SqliteJournal]:
+    with journal_of(home, agent_of()) as one:
+        yield one
+
+
+FIRST, LARGE = Request("run", "OpenRun"), bytes(300_000)
+
+
+class TestFilesOfAFailure:
+    def test_what_is_refused_leaves_none(self, home: Path, journal: SqliteJournal) -> None:
+        journal.keep("study", FIRST, [LARGE], Frozen(b"core", {}))
+        with pytest.raises(SiteError, match="has an answer for round 0 already"):
+            journal.keep("study", FIRST, [LARGE], Frozen(b"core", {"memory": LARGE}))
+        assert len(os.listdir(home / "spool")) == 1
+        assert journal.answers(FIRST) == [LARGE]
+
+    def test_what_cannot_be_written_leaves_none(self, home: Path, journal: SqliteJournal) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+        try:
+            with pytest.raises(SiteError, match="File too large"):
+                journal.keep("study", FIRST, [LARGE], Frozen(b"core", {"memory": LARGE * 2}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.listdir(home / "spool") == []
+
+    def test_what_was_committed_nevertheless_keeps_its_own(self, journal: SqliteJournal) -> None:
+        real: Any = journal._connection
+
+        class Late:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+            def execute(self, statement: str, *values: Any) -> Any:
+                done = real.execute(statement, *values)
+                if statement == "COMMIT":
+                    raise sqlite3.OperationalError("disk I/O error")
+                return done
+
+        journal._connection = Late()  # type: ignore[assignment]
+        with pytest.raises(SiteError):
+            journal.keep("study", FIRST, [LARGE], Frozen(b"core", {"memory": LARGE}))
+        journal._connection = real
+        assert journal.answers(FIRST) == [LARGE]
+        assert journal.runs()[0].frozen == Frozen(b"core", {"memory": LARGE})
+
+
+SECRET = b"a key that must not stay" * 20_000
+
+
+def on_the_disk(home: Path) -> bool:
+    """Returns whether a secret is in any file of the journal."""
+    files = [*home.glob("journal.sqlite*"), *(home / "spool").iterdir()]
+    return any(SECRET[:100] in path.read_bytes() for path in files)
+
+
+class TestWhatIsOverLeavesNoKey:
+    def test_while_others_read_it_is_put_off_and_nobody_waits_long(self, home: Path, journal: SqliteJournal) -> None:
+        journal.keep("study", FIRST, [b"answer"], Frozen(SECRET, {}))
+        assert os.listdir(home / "spool") == [] and on_the_disk(home)
+        with closing(sqlite3.connect(home / "journal.sqlite", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM runs").fetchone()
+            began = time.monotonic()
+            journal.keep("study", Request("run", "CloseRun"), [], None)
+            assert time.monotonic() - began < 5.0
+            assert on_the_disk(home)
+        journal.keep("study", Request("other", "OpenRun"), [b"answer"], Frozen(b"core", {}))
+        assert not on_the_disk(home)
+        assert journal._connection.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
+
+    def test_after_a_kill_between_the_end_and_that_it_is_made_up_for(self, home: Path) -> None:
+        # the steward's connection keeps SQLite from emptying the log when the agent's is closed, as a kill does
+        with Approved(home):
+            with journal_of(home, agent_of()) as journal:
+                journal.keep("study", FIRST, [b"answer"], Frozen(SECRET, {}))
+                journal._empty_log = lambda: None  # type: ignore[method-assign]
+                journal.keep("study", Request("run", "CloseRun"), [], None)
+            assert on_the_disk(home)
+            journal_of(home, agent_of()).close()
+            assert not on_the_disk(home)
+
+
 class TestRefused:
     def test_another_sites_or_identitys(self, home: Path) -> None:
         Hospital(home).stack.close()
@@ -452,6 +628,21 @@ class TestRefused:
         with Hospital(home):
             with pytest.raises(SiteError, match="another agent of this site runs already"):
                 journal_of(home, agent_of())
+
+    def test_what_another_agent_took_although_the_lock_was_deleted(
+        self, home: Path, script: list[tuple[ToSite, list[bytes]]]
+    ) -> None:
+        with Hospital(home) as first:
+            place = up_to(first, script, KeySet)
+            shutil.rmtree(home / "spool")
+            with Hospital(home) as second:
+                for _ in range(2):
+                    assert say(first, script[place][0]) == []
+                    assert "was taken by another agent of this site" in str(first.failure)
+                with pytest.raises(SiteError, match="was taken by another agent"):
+                    first.agent.journal.intend(Request("run", "OpenRound", 1), b"digest", charged=False)
+                for message, expected in script[place:]:
+                    assert say(second, message) == expected
 
     @pytest.mark.parametrize("content", [b"no journal at all", b""])
     def test_what_is_no_journal(self, home: Path, content: bytes) -> None:

@@ -11,13 +11,14 @@ import hashlib
 import hmac
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
 from cohortium.adapters import journal_file
-from cohortium.adapters.journal_file import JOURNAL, Spool, speaking, unusable, writing
+from cohortium.adapters.journal_file import JOURNAL, PATIENCE, Spool, Value, in_row, speaking, unusable, writing
 from cohortium.core.errors import ProtocolError, RoundRefused
 from cohortium.core.messages import Noted, kind_of
 from cohortium.core.signature import framed
@@ -27,18 +28,23 @@ _CORE = ""
 """The name under which a session's core is kept among its parts."""
 _ROUNDS = 2
 """The latest rounds whose answers are kept."""
+_MOMENT = 0.1
+"""Seconds to wait for those who read, before the log is emptied another time."""
 
 
 class SqliteJournal:
     """A site's journal (`cohortium.site.ports.Journal`). Use `connect`; one process at a time has it."""
 
-    def __init__(self, connection: sqlite3.Connection, folder: Path, spool: Spool, lock: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, folder: Path, spool: Spool, lock: int, agent: int) -> None:
         self._connection, self._where, self._spool, self._held = connection, folder / JOURNAL, spool, lock
-        self._lock = RLock()
+        self._lock, self._agent = RLock(), agent
         # nobody else writes to these tables, so what is in them need not be looked for each time
         self._known = {run for (run,) in connection.execute("SELECT run FROM runs")}
         self._intending = {run for (run,) in connection.execute("SELECT run FROM intents")}
         self._spooled = {run for (run,) in connection.execute("SELECT run FROM parts WHERE file IS NOT NULL")}
+        # a kill may have come before it was emptied
+        self._log_is_due = True
+        self._empty_log()
 
     def __enter__(self) -> "SqliteJournal":
         return self
@@ -54,11 +60,12 @@ class SqliteJournal:
                 os.close(self._held)
                 self._held = -1
 
-    def runs(self) -> Sequence[KeptRun]:
-        """Returns all runs that were ever served, in the order in which they were opened."""
+    def runs(self, but: Collection[str] = ()) -> Sequence[KeptRun]:
+        """Returns all runs that were ever served but those named, in the order in which they were opened."""
         with self._lock, speaking(self._where):
             rows = self._connection.execute("SELECT run, study, open FROM runs ORDER BY seq").fetchall()
-            return [KeptRun(run, study, self._frozen(run) if is_open else None) for run, study, is_open in rows]
+            wanted = (row for row in rows if row[0] not in but)
+            return [KeptRun(run, study, self._frozen(run) if is_open else None) for run, study, is_open in wanted]
 
     def answers(self, request: Request) -> Sequence[bytes] | None:
         """Returns what was answered to a request, or None if nothing was."""
@@ -82,14 +89,15 @@ class SqliteJournal:
             raise RoundRefused(f"round {request.round} was refused: this site lost what it had answered")
         return whole
 
-    def intend(self, request: Request, digest: bytes) -> bool:
+    def intend(self, request: Request, digest: bytes, *, charged: bool) -> bool:
         """Keeps that a round is about to be charged for something; returns whether that was kept before."""
         key = (request.run, request.round)
-        with self._lock, speaking(self._where), writing(self._connection):
+        with self._lock, speaking(self._where), self._writing():
             row = self._connection.execute("SELECT digest FROM intents WHERE run = ? AND round = ?", key).fetchone()
             if row is None:
-                self._connection.execute("INSERT INTO intents VALUES (?, ?, ?)", (*key, digest))
-                self._intending.add(request.run)
+                if not charged:
+                    self._connection.execute("INSERT INTO intents VALUES (?, ?, ?)", (*key, digest))
+                    self._intending.add(request.run)
                 return False
         if not hmac.compare_digest(row[0], digest):
             raise ProtocolError(f"round {request.round} was refused: it was asked for before, with another broadcast")
@@ -98,36 +106,71 @@ class SqliteJournal:
     def keep(self, study: str, request: Request, answers: Sequence[bytes], after: Frozen | None) -> None:
         """Keeps answers and the session after them, both or neither."""
         run = request.run
+        said: dict[int, Value] = {}
+        parts: dict[str, Value] = {}
         with self._lock, speaking(self._where):
-            said, parts = [], {}
-            if after is not None:
-                said = [self._spool.take_in(data) for data in answers]
-                kept = {_CORE: after.core, **after.parts}
-                parts = {name: self._spool.take_in(data) for name, data in kept.items()}
-            with writing(self._connection):
-                if run not in self._known:
-                    self._connection.execute(
-                        "INSERT INTO runs (run, study, open) VALUES (?, ?, 1) ON CONFLICT (run) DO NOTHING",
-                        (run, study),
-                    )
-                old = self._ended(run, answers) if after is None else self._dropped(request, parts)
-                self._connection.executemany(
-                    "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)",
-                    [(run, name, *value) for name, value in parts.items()],
-                )
+            try:
                 if after is not None:
-                    # that nothing was said is an answer, too
-                    rows = [(place, *value) for place, value in enumerate(said)] or [(-1, b"", None, 0, b"")]
-                    self._connection.executemany(
-                        "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                        [(run, request.kind, request.round, *row) for row in rows],
-                    )
+                    for place, data in enumerate(answers):
+                        said[place] = self._spool.take_in(data)
+                    # it holds keys, which must be overwritten in the end
+                    parts[_CORE] = in_row(after.core)
+                    for name, data in after.parts.items():
+                        parts[name] = self._spool.take_in(data)
+                with self._writing():
+                    if run not in self._known:
+                        self._connection.execute(
+                            "INSERT INTO runs (run, study, open) VALUES (?, ?, 1) ON CONFLICT (run) DO NOTHING",
+                            (run, study),
+                        )
+                    old = self._ended(run, answers) if after is None else self._dropped(request, parts)
+                    self._put(request, said, parts)
+            except BaseException:
+                # a row names them if it was committed nevertheless
+                with suppress(sqlite3.Error):
+                    named = set(_files(self._connection))
+                    self._spool.clear(value[1] for value in (*said.values(), *parts.values()) if value[1] not in named)
+                raise
             self._known.add(run)
-            self._spooled |= {run for value in (*said, *parts.values()) if value[1] is not None}
+            self._spooled |= {run for value in (*said.values(), *parts.values()) if value[1] is not None}
             self._spool.clear(iter(old))
-            if after is None:
-                # what is overwritten in the file must not stay in its log
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._log_is_due |= after is None
+            self._empty_log()
+
+    def _put(self, request: Request, said: Mapping[int, Value], parts: Mapping[str, Value]) -> None:
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)",
+            [(request.run, name, *value) for name, value in parts.items()],
+        )
+        if parts:
+            # that nothing was said is an answer, too
+            rows = [(place, *value) for place, value in said.items()] or [(-1, b"", None, 0, b"")]
+            self._connection.executemany(
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [(request.run, request.kind, request.round, *row) for row in rows],
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Holds the write lock, if no other agent has taken the journal."""
+        with writing(self._connection):
+            row = self._connection.execute("SELECT 1 FROM owner WHERE agent = ?", (self._agent,)).fetchone()
+            if row is None:
+                raise unusable(self._where, "was taken by another agent of this site: end this one")
+            yield
+
+    def _empty_log(self) -> None:
+        """Empties the log, which still has what is overwritten in the file. While others read it, that stays due."""
+        if self._log_is_due:
+            self._wait(_MOMENT)
+            try:
+                (busy, *_) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._wait(PATIENCE)
+            self._log_is_due = bool(busy)
+
+    def _wait(self, seconds: float) -> None:
+        self._connection.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
 
     def _dropped(self, request: Request, parts: Mapping[str, object]) -> list[str | None]:
         """Deletes what is replaced or no longer needed; returns the files that no row names then."""
@@ -250,9 +293,10 @@ def connect(folder: Path, site: str, identity: bytes) -> SqliteJournal:
         spool = journal_file.spool(folder)
         lock = _locked(spool.folder)
         with speaking(folder / JOURNAL):
-            _claim(connection, folder, hashlib.sha256(framed(b"cohortium journal 1", site.encode(), identity)).digest())
+            owner = hashlib.sha256(framed(b"cohortium journal 1", site.encode(), identity)).digest()
+            agent = _claim(connection, folder, owner)
             spool.clean(set(_files(connection)))
-        return SqliteJournal(connection, folder, spool, lock)
+            return SqliteJournal(connection, folder, spool, lock, agent)
     except BaseException:
         connection.close()
         if lock >= 0:
@@ -260,15 +304,18 @@ def connect(folder: Path, site: str, identity: bytes) -> SqliteJournal:
         raise
 
 
-def _claim(connection: sqlite3.Connection, folder: Path, owner: bytes) -> None:
+def _claim(connection: sqlite3.Connection, folder: Path, owner: bytes) -> int:
+    """Takes the journal from whichever agent had it; returns the number that the file has until another one does."""
     with writing(connection):
         row = connection.execute("SELECT digest FROM owner").fetchone()
         if row is None:
-            connection.execute("INSERT INTO owner VALUES (?)", (owner,))
+            connection.execute("INSERT INTO owner VALUES (?, 0)", (owner,))
         elif not hmac.compare_digest(row[0], owner):
             raise unusable(
                 folder / JOURNAL, "is the journal of another site or identity: restore this site's own, or delete it"
             )
+        (agent,) = connection.execute("UPDATE owner SET agent = agent + 1 RETURNING agent").fetchone()
+    return int(agent)
 
 
 def _noted(answer: bytes | None) -> bool:

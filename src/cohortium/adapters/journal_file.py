@@ -20,12 +20,12 @@ _APPLICATION = 0x436F6C6A
 _VERSION = 1
 _LARGE = 256 * 1024
 """Bytes from which a value is a file of its own."""
-_PATIENCE = 30.0
+PATIENCE = 30.0
 """Seconds to wait for another process that writes."""
 _PUBLIC = "this site's journal cannot be used"
 _VALUE = "data BLOB, file TEXT, size INTEGER NOT NULL, checksum BLOB NOT NULL"
 _TABLES = (
-    "CREATE TABLE owner (digest BLOB NOT NULL)",
+    "CREATE TABLE owner (digest BLOB NOT NULL, agent INTEGER NOT NULL)",
     "CREATE TABLE approvals (study TEXT PRIMARY KEY, name TEXT NOT NULL, runs INTEGER NOT NULL, time TEXT NOT NULL)",
     "CREATE TABLE runs (seq INTEGER PRIMARY KEY, run TEXT NOT NULL UNIQUE, study TEXT NOT NULL, last_word BLOB, "
     "open INTEGER NOT NULL)",
@@ -38,6 +38,11 @@ _TABLES = (
 Value = tuple[bytes | None, str | None, int, bytes]
 """A value as a row has it: the bytes, or the name of a file, its size and its checksum."""
 _checksum = AESGCM(bytes(16))
+
+
+def in_row(data: bytes) -> Value:
+    """Returns a value that is no file, whatever its size: what is deleted from a row is overwritten."""
+    return data, None, len(data), b""
 
 
 def unusable(where: object, reason: str) -> SiteError:
@@ -91,7 +96,7 @@ def opened(folder: Path) -> sqlite3.Connection:
         if is_open(path.stat().st_mode, 0o077):
             raise unusable(path, "can be read by others, and holds secrets of the runs that are open: chmod 600 it")
         address = f"file:{quote(str(path.absolute()))}?mode=rw"
-        connection = sqlite3.connect(address, _PATIENCE, isolation_level=None, check_same_thread=False, uri=True)
+        connection = sqlite3.connect(address, PATIENCE, isolation_level=None, check_same_thread=False, uri=True)
     try:
         with speaking(path):
             for setting in ("journal_mode = WAL", "synchronous = FULL", "fullfsync = ON", "secure_delete = ON"):
@@ -131,10 +136,14 @@ class Spool:
     def take_in(self, data: bytes) -> Value:
         """Returns a value to be put in a row, writing its file if it is large."""
         if len(data) < _LARGE:
-            return data, None, len(data), b""
+            return in_row(data)
         handle, name = tempfile.mkstemp(dir=self.folder, prefix="part-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+        except BaseException:
+            self.clear(iter([name]))
+            raise
         return None, Path(name).name, len(data), _sum(data)
 
     def give(self, value: Value) -> bytes | None:

@@ -105,6 +105,11 @@ class SqliteLedger:
             self._catch_up(roll)
             return roll.as_listed(can_pay(roll.spent, price, self.tariff.limit))
 
+    def holds(self, run: str, round: int) -> bool:
+        """Returns whether a round of a run was charged."""
+        with self._lock, speaking(self._where):
+            return self._log.holds(run, round)
+
     def charge(
         self, run: str, study: str, round: int, units: Column, events: Events, *, again: bool = False
     ) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import MutableMapping
 from contextlib import suppress
+from pathlib import Path
 
 from cohortium.adapters.site_config import Limits
 from cohortium.core.errors import SiteError
@@ -22,7 +23,7 @@ def impose(limits: Limits, environment: MutableMapping[str, str] | None = None) 
     """Limits this process and all that it starts; once, before anything is computed.
 
     Memory beyond the limit fails as `MemoryError`, which the agent turns into a refusal. Processors are kept to by the
-    system, and libraries that were not loaded yet begin as many threads.
+    system, for threads that libraries have begun already too; libraries that come later begin as many threads.
 
     Args:
         environment: where libraries look for their number of threads; the process's own if none is given.
@@ -59,7 +60,17 @@ def _memory(most: int) -> None:
 def _processors(count: int, environment: MutableMapping[str, str]) -> None:
     environment.update(dict.fromkeys(THREADS, str(count)))
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+        allowed = sorted(os.sched_getaffinity(0))[:count]
+        # it binds one thread, and linear algebra began its own when NumPy was loaded; later ones take after these
+        for thread in _threads():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, allowed)
+
+
+def _threads() -> list[int]:
+    """Returns this process's threads, or just the calling one where the system does not tell."""
+    tasks = Path("/proc/self/task")
+    return [int(task.name) for task in tasks.iterdir()] if tasks.exists() else [0]
 
 
 def _unusable(reason: str) -> SiteError:

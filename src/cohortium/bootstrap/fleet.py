@@ -8,10 +8,11 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ from cohortium.coordinator.exchange import Exchange
 from cohortium.coordinator.ports import Bus, RunEvent, Unavailable
 from cohortium.coordinator.service import Pace, Service
 from cohortium.core.codec import Data
-from cohortium.core.document import from_canonical
+from cohortium.core.document import from_canonical, study_id_of
 from cohortium.core.errors import CohortiumError, StudyError
 from cohortium.core.messages import OpenRun, decode_to_site
 from cohortium.core.random import Randomness
 from cohortium.engines.fleet import client
-from cohortium.engines.fleet.attendant import Attendant
+from cohortium.engines.fleet.attendant import Attendant, Trainers
 from cohortium.engines.fleet.control import ConsortiumService, News
 from cohortium.engines.fleet.enrolment import OPTIONS as ENTRANCE
 from cohortium.engines.fleet.enrolment import EnrolmentService, MembershipService, server_credentials
@@ -45,6 +46,8 @@ from cohortium.engines.fleet.link import Link
 from cohortium.engines.fleet.v1 import fleet_pb2_grpc as pb_grpc
 from cohortium.plan import Compiler, compile_study
 from cohortium.site.agent import Agent
+from cohortium.site.peers import Pinned
+from cohortium.site.ports import Approvals
 from cohortium.site.session import Membership
 
 log = logging.getLogger("cohortium.agent")
@@ -258,13 +261,14 @@ def _coordinator_health(me: str, service: Service, exchange: Exchange) -> tuple[
 async def _serve(home: Path, config: site_config.SiteConfig, compiler: Compiler) -> None:
     stop, enrolled = _told_to_stop(), credentials.load_enrolled(home)
     identity = credentials.identity_of(home)
-    pinned = enrolment.pinned_identities(home)
+    pinned = Pinned(enrolment.pinned_identities(home))
     async with AsyncExitStack() as stack:
         own = stack.enter_context(open_home(home, identity))
+        approved = stack.enter_context(open_approvals(home))
         agent = Agent(
             Membership(enrolled.site, identity, pinned, enrolled.coordinator),
             config.sources(),
-            stack.enter_context(open_approvals(home)),
+            approved,
             Randomness(os.urandom(32)),  # noqa: TID251  chosen here
             compiler,
             machine.means(),
@@ -286,21 +290,9 @@ async def _serve(home: Path, config: site_config.SiteConfig, compiler: Compiler)
             meter.answered(kind, seconds, refused)
             tracer.took(run, kind, seconds)
 
-        async def prepare(data: Data) -> None:
-            # what the steward confirmed meanwhile counts from the next run on
-            pinned.clear()
-            pinned.update(enrolment.pinned_identities(home))
-            if not _sites_of(data) <= pinned.keys():
-                met = await enrolment.meet_peers(home)
-                for name in met.changed:
-                    log.error(
-                        "a site's identity changed; its old one stays until a person confirms", extra={"site": name}
-                    )
-                pinned.update(enrolment.pinned_identities(home))
-
         # one piece of work at a time: the agent's state is one
-        pool = stack.enter_context(ThreadPoolExecutor(1, "agent"))
-        trainers = stack.enter_context(ThreadPoolExecutor(min(machine.cores(), _TRAINERS), "training"))
+        pool, trainers = stack.enter_context(ThreadPoolExecutor(1, "agent")), Trainers(min(machine.cores(), _TRAINERS))
+        prepare = partial(_prepare, home, approved, pinned, pool)
         attendant = Attendant(agent, link, pool, trainers, time.perf_counter, prepare, answered)
         address = None if config.health is None else f"{config.health[0]}:{config.health[1]}"
         _show_health(stack, address, lambda: _agent_health(enrolled.site, link), meter.text)
@@ -327,11 +319,37 @@ def _files(home: Path, authority: bytes) -> tuple[bytes, bytes, bytes]:
     return authority, credential.chain, credential.key
 
 
-def _sites_of(data: Data) -> frozenset[str]:
-    """Returns the sites of the study that a message asks to run; none if it asks for something else."""
+async def _prepare(home: Path, approved: Approvals, pinned: Pinned, thread: Executor, data: Data) -> None:
+    """Sees to it that a run's sites are known: what the steward confirmed meanwhile counts from the next run on.
+
+    Files are read, and studies parsed, on the agent's `thread`, so that an older reading never replaces a newer one.
+    """
+
+    def look() -> None:
+        pinned.now = enrolment.pinned_identities(home)
+
+    def known() -> bool:
+        sites = _sites_of(data, approved)
+        if sites:
+            look()
+        return sites <= pinned.keys()
+
+    loop = asyncio.get_running_loop()
+    if not await loop.run_in_executor(thread, known):
+        met = await enrolment.meet_peers(home)
+        for name in met.changed:
+            log.error("a site's identity changed; its old one stays until a person confirms", extra={"site": name})
+        await loop.run_in_executor(thread, look)
+
+
+def _sites_of(data: Data, approved: Approvals) -> frozenset[str]:
+    """Returns the sites of the study that a message asks to run; none if it asks for something else.
+
+    Parsing a study may take seconds, so one that the steward did not approve is not looked into.
+    """
     with suppress(CohortiumError):
         message = decode_to_site(data)
-        if isinstance(message, OpenRun):
+        if isinstance(message, OpenRun) and approved.get(study_id_of(message.study), 0):
             return frozenset(from_canonical(message.study).sites.include)
     return frozenset()
 

@@ -235,11 +235,11 @@ class Agent:
                 self.journal.keep(self._served[run], request, taken.answers, None)
             return taken
         except CohortiumError as error:
+            self._let_go(run)
             return self._unkept(error)
         except BaseException:
-            # whatever is in memory may be ahead of the journal
             if self.journal is not None:
-                self._let_go()
+                self._let_go(run)
             raise
 
     def _performed(
@@ -318,8 +318,11 @@ class Agent:
         cost, ledger, again = price(study, roster, effect.cost), self._accounts(), False
         asked = self._sessions[run].asked
         if self.journal is not None and asked is not None:
-            # a crash may have come between a charge and its answer: then this very round was paid for, and never sent
-            again = self.journal.intend(Request(run, OpenRound.__name__, effect.round), asked.history)
+            # A crash may have come between a charge and its answer: then this very round was paid for, and never sent.
+            # Only an intent that is older than the charge tells so. A charge that comes first was made for another
+            # journal, which was lost, and may have been sent; no intent follows it, so that none is ever taken for it.
+            charged = ledger.holds(run, effect.round)
+            again = self.journal.intend(Request(run, OpenRound.__name__, effect.round), asked.history, charged=charged)
         paid = ledger.charge(run, effect.plan.study_id, effect.round, units(study, roster), cost, again=again)
         return remaining(study, roster, paid).table
 
@@ -393,10 +396,10 @@ class Agent:
         return CONTROL_BYTES + max([MAX_DOCUMENT_BYTES, *map(_due, self._sessions.values())])
 
     def _restore(self, journal: Journal) -> None:
-        """Takes up what the journal has, once."""
+        """Takes up what the journal has and memory has not: all of it once, and later what was let go."""
         if self._restored:
             return
-        for kept in journal.runs():
+        for kept in journal.runs(but=self._sessions):
             self._served[kept.run] = kept.study
             if kept.frozen is not None:
                 self._take_up(kept, journal)
@@ -423,19 +426,20 @@ class Agent:
 
     def _unkept(self, error: Exception) -> Taken:
         """Says nothing, because what is said could not be kept. The coordinator asks again."""
-        self._let_go()
         self.failure = error
         return NOTHING
 
-    def _let_go(self) -> None:
-        """Forgets what is in memory, so that the journal is read again."""
-        for kept in (self._sessions, self._cohorts, self._served, self._remembered, self._kept):
-            kept.clear()
+    def _let_go(self, run: str) -> None:
+        """Forgets what is in memory of a run, which may be ahead of the journal, so that it is taken up from there."""
+        self._forget(run)
+        self._served.pop(run, None)
         self._restored = False
 
     def _end(self, run: str) -> None:
         self._forget(run)
         if self.journal is not None:
+            # it is taken up again if its end is not kept
+            self._restored = False
             self.journal.keep(self._served[run], Request(run, CloseRun.__name__), [], None)
 
     def _forget(self, run: str) -> None:

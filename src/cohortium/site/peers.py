@@ -7,7 +7,7 @@ meets all others for the first time, take all their places and read that site's 
 gains nothing, because a site counts only after that telephone call.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -41,6 +41,26 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Peers = Mapping[str, Peer]
+
+
+@dataclass(eq=False)
+class Pinned(Mapping[str, bytes]):
+    """The identities that count at a site while it runs, for `Membership.pinned`.
+
+    Attributes:
+        now: identities by name. They are replaced whole and never changed, since other threads look meanwhile.
+    """
+
+    now: Mapping[str, bytes]
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.now[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.now)
+
+    def __len__(self) -> int:
+        return len(self.now)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,13 @@ class Ledger(Protocol):
             SiteError: the ledger cannot be read, or is not as it was written.
         """
 
+    def holds(self, run: str, round: int) -> bool:
+        """Returns whether a round of a run was charged.
+
+        Raises:
+            SiteError: the ledger cannot be read.
+        """
+
     def charge(
         self, run: str, study: str, round: int, units: Column, events: Events, *, again: bool = False
     ) -> NDArray[np.bool_]:
@@ -108,8 +115,8 @@ class Journal(Protocol):
     since could be answered anew, and otherwise. A lost one does no harm beyond the runs that were open.
     """
 
-    def runs(self) -> Sequence[KeptRun]:
-        """Returns all runs that were ever served, in the order in which they were opened.
+    def runs(self, but: Collection[str] = ()) -> Sequence[KeptRun]:
+        """Returns all runs that were ever served but those named, in the order in which they were opened.
 
         Raises:
             SiteError: the journal cannot be read, or is not this site's.
@@ -126,12 +133,15 @@ class Journal(Protocol):
             SiteError: the journal cannot be read.
         """
 
-    def intend(self, request: Request, digest: bytes) -> bool:
+    def intend(self, request: Request, digest: bytes, *, charged: bool) -> bool:
         """Keeps that a round is about to be charged for what `digest` stands for; returns whether that was kept before.
+
+        Args:
+            charged: whether the ledger has a charge for the round. Then nothing is kept that was not before.
 
         Raises:
             ProtocolError: something else was: what a charge is for is not exchanged.
-            SiteError: the journal cannot be written.
+            SiteError: the journal cannot be written, or another agent has it now.
         """
 
     def keep(self, study: str, request: Request, answers: Sequence[bytes], after: Frozen | None) -> None:
@@ -144,5 +154,5 @@ class Journal(Protocol):
                 but its name and study, and the answer that ended it.
 
         Raises:
-            SiteError: the journal cannot be written; nothing may be sent.
+            SiteError: the journal cannot be written, or another agent has it now; nothing may be sent.
         """

@@ -274,7 +274,7 @@ def _agree(session: Session, message: KeySet) -> tuple[Session, list[Effect]]:
     if session.member is not None:
         raise Repeated("a second key set was refused")
     assert session.plan is not None and session.private is not None and session.announced is not None
-    plan, pinned, entries = session.plan, session.membership.pinned, message.announcements
+    plan, pinned, entries = session.plan, dict(session.membership.pinned), message.announcements
     unknown = set(plan.sites) - pinned.keys()
     if unknown:
         raise ProtocolError(f"the study was refused: this site knows no identity of {', '.join(sorted(unknown))}")

@@ -3,14 +3,21 @@
 Short work is done at once; what may take long is done on a thread, so that the link stays alive. Training has threads
 of its own: other runs are answered meanwhile, and where rounds are buffers, so is the run itself. Messages of one run
 are dealt with in their order, one at a time.
+
+What waits is bounded. While much waits for the agent, no more is read from the link, until some of it is dealt with.
+What waits for its run's own training could take hours, so nobody else waits for that: a run that has a share waiting is
+not given more but what is small, and what is dropped is asked for again.
 """
 
 import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Protocol
 
 from cohortium.core.codec import Data
@@ -27,6 +34,12 @@ _SMALL = 1 << 16
 _MOST_KNOWN = 256
 _MOST_WAITING = 32
 """Messages of one run that wait."""
+_SHARE = 64 << 20
+"""Bytes of one run that wait, from which on only small messages of it wait, too."""
+_MOST_RUNS = 64
+"""Runs whose messages wait for the agent; none is read beyond them."""
+_MOST_BYTES = 256 << 20
+"""Bytes that wait for the agent; none is read beyond them."""
 
 
 class Answers(Protocol):
@@ -72,12 +85,50 @@ class _Queue:
     """One run's messages that wait, how long its last one took, and its last two trainings.
 
     The last two, because a short phase says little about the one after it.
+
+    Attributes:
+        held: bytes that wait, with those of the message that is being dealt with.
+        trains: whether its messages wait for its training, not for the agent.
     """
 
     waiting: "asyncio.Queue[Data]" = field(default_factory=asyncio.Queue)
+    held: int = 0
+    trains: bool = False
     seconds: float = math.inf
     trained: tuple[float, float] = (math.inf, math.inf)
     task: "asyncio.Task[None] | None" = None
+
+    def takes(self, data: Data) -> bool:
+        """Returns whether a message may wait. What is dropped is asked for again, so nobody loses by it."""
+        return (self.held < _SHARE or len(data) < _SMALL) and self.waiting.qsize() < _MOST_WAITING
+
+
+class Trainers(Executor):
+    """Threads for training that nobody waits for when the process ends: what they would have said is asked for again.
+
+    A training cannot be ended from outside, and may take hours.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        for number in range(most):
+            Thread(target=self._work, name=f"training_{number}", daemon=True).start()
+
+    def submit(self, call: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        """Returns what will hold the result of a call; one that is cancelled before its turn is passed over."""
+        future: Future[Any] = Future()
+        self._tasks.put((future, partial(call, *given, **named)))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, call = self._tasks.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 (it is whoever asked that deals with it)
+                    future.set_exception(error)
+            del future, call  # or a model would stay here until the next training
 
 
 class Attendant:
@@ -86,7 +137,7 @@ class Attendant:
     Args:
         clock: monotonic seconds.
         pool: a thread for what takes long.
-        trainers: threads for training.
+        trainers: threads for training, as `Trainers` has them.
         prepare: is awaited before the first message of a run.
         answered: is told of what was done.
     """
@@ -106,6 +157,7 @@ class Attendant:
         self._runs: dict[str, _Queue] = {}
         self._apart: set[asyncio.Task[None]] = set()
         self._busy = 0
+        self._room = asyncio.Event()
 
     async def serve(self) -> None:
         """Works until the link is closed."""
@@ -118,12 +170,16 @@ class Attendant:
                     if work is not None:
                         queue.task = asyncio.create_task(self._work(run, queue, work))
                     continue
-                if queue.waiting.qsize() < _MOST_WAITING:
-                    # what is dropped is asked for again; nobody who keeps to the rules has so much on its way
+                if queue.takes(data):
                     queue.waiting.put_nowait(data)
+                    queue.held += len(data)
                 if queue.task is None:
                     queue.task = asyncio.create_task(self._work(run, queue))
                 self._forget_some()
+                del data
+                while self._full():
+                    self._room.clear()
+                    await self._room.wait()
         finally:
             tasks = [*self._apart, *(queue.task for queue in self._runs.values() if queue.task)]
             for task in tasks:
@@ -133,13 +189,28 @@ class Attendant:
     async def _work(self, run: str, queue: _Queue, work: Work | None = None) -> None:
         try:
             if work is not None:
-                await self._train(run, queue, work)
+                await self._train_first(run, queue, work)
             while not queue.waiting.empty():
-                work = await self._deal(run, queue, queue.waiting.get_nowait(), at_once=False)
+                data = queue.waiting.get_nowait()
+                try:
+                    work = await self._deal(run, queue, data, at_once=False)
+                finally:
+                    queue.held -= len(data)
+                    self._room.set()
                 if work is not None:
-                    await self._train(run, queue, work)
+                    del data
+                    await self._train_first(run, queue, work)
         finally:
             queue.task = None
+            self._room.set()
+
+    async def _train_first(self, run: str, queue: _Queue, work: Work) -> None:
+        """Trains before the run's next message."""
+        queue.trains = True
+        try:
+            await self._train(run, queue, work)
+        finally:
+            queue.trains = False
 
     async def _deal(self, run: str, queue: _Queue, data: Data, *, at_once: bool) -> Work | None:
         """Answers a message; returns work that comes before the run's next message."""
@@ -203,6 +274,11 @@ class Attendant:
             await self._prepare(data)
         except CohortiumError as error:
             log.warning("not all is ready for a run", extra={"reason": str(error)})
+
+    def _full(self) -> bool:
+        """Returns whether more waits for the agent than should. Its thread works that off, whatever trains."""
+        waiting = [queue.held for queue in self._runs.values() if queue.task is not None and not queue.trains]
+        return len(waiting) >= _MOST_RUNS or sum(waiting) >= _MOST_BYTES
 
     def _forget_some(self) -> None:
         idle = [run for run, queue in self._runs.items() if queue.task is None]

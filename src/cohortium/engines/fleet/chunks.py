@@ -31,6 +31,8 @@ MOST_CHUNKS = 64
 MOST_FRAME = 1 << 20
 """Most bytes of a frame as it travels."""
 MOST_PARTIALS = 64
+MOST_SHORT = 1024
+"""Most messages of at most `CONTROL_BYTES` that wait at a site."""
 _PROBE = 64 << 10
 _WORTH = 32 << 10  # shorter messages are not packed: that would cost more than it saves
 _GAIN = 0.8  # nor are those that hardly get shorter, as weights and whatever is masked
@@ -140,6 +142,7 @@ class Queue:
         self._runs: dict[str, deque[Outgoing]] = {}
         self._limits: dict[str, int] | None = None
         self._partials: dict[bytes, int] = {}
+        self._short: dict[Outgoing, None] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._runs.values()))
@@ -155,9 +158,16 @@ class Queue:
         message.restart(self._partials.pop(message.transfer, 0))
         waiting.insert(0 if first else len(waiting), message)
         self.backlog += len(data)
+        if self._limits is not None and len(data) <= CONTROL_BYTES:
+            self._short[message] = None
+            if len(self._short) > MOST_SHORT:
+                self._drop(next(iter(self._short)))
 
     def hold(self, limits: dict[str, int]) -> None:
-        """Keeps messages back from now on that are longer than `limits` allows their run, or `CONTROL_BYTES`."""
+        """Keeps messages back from now on that are longer than `limits` allows their run, or `CONTROL_BYTES`.
+
+        Of shorter ones the last `MOST_SHORT` are kept: whoever does not read them need not get them, and asks again.
+        """
         self._limits = limits
 
     def restart(self, partials: Mapping[bytes, int], packs: bool) -> None:
@@ -169,13 +179,8 @@ class Queue:
 
     def drop_longer(self, run: str, most: int) -> None:
         """Forgets those messages of a run that are longer than `most`: nobody wants them any more."""
-        waiting = self._runs.get(run, deque())
-        keep = deque(message for message in waiting if len(message.data) <= most)
-        self.backlog -= sum(len(message.data) for message in waiting) - sum(len(message.data) for message in keep)
-        if keep:
-            self._runs[run] = keep
-        else:
-            self._runs.pop(run, None)
+        for message in [one for one in self._runs.get(run, ()) if len(one.data) > most]:
+            self._drop(message)
 
     def next(self, most: int = MOST_DATA) -> tuple[bytes, list[Outgoing]] | None:
         """Returns the next frame and the messages that end in it, or None if nothing may be sent now.
@@ -191,16 +196,21 @@ class Queue:
                 continue
             chunks.append(message.chunk(most - size, self.packs))
             size += sum(map(len, chunks[-1]))
-            waiting = self._runs.pop(run)
+            self._runs[run] = self._runs.pop(run)  # at the end: the others' turn is first
             if message.done:
-                waiting.remove(message)
                 ended.append(message)
-                self.backlog -= len(message.data)
-            if waiting:
-                self._runs[run] = waiting  # at the end: the others' turn is first
+                self._drop(message)
             if size + LEAST_DATA > most or len(chunks) == MOST_CHUNKS:
                 break
         return (frame(chunks), ended) if chunks else None
+
+    def _drop(self, message: Outgoing) -> None:
+        waiting = self._runs[message.run]
+        waiting.remove(message)
+        if not waiting:
+            del self._runs[message.run]
+        self._short.pop(message, None)
+        self.backlog -= len(message.data)
 
     def _ready(self, waiting: deque[Outgoing]) -> Outgoing | None:
         if self._limits is None:
