@@ -139,10 +139,7 @@ class PostgresDesk:
     async def site_states(self, run: str) -> Sequence[SiteState]:
         """Returns how a run's sites stand, by name."""
         rows = await self._rows(_STATES, run)
-        return [
-            SiteState(site=site, state=state, round=number, at=at)
-            for site, state, number, at in rows
-        ]
+        return [SiteState(site=site, state=state, round=number, at=at) for site, state, number, at in rows]
 
     async def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         async def work(connection: Connection) -> list[tuple[Any, ...]]:
