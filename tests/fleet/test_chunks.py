@@ -249,6 +249,23 @@ def test_the_number_of_open_messages_is_bounded() -> None:
     assert assembler.held == 15_000
 
 
+def test_the_bytes_of_open_messages_are_bounded() -> None:
+    assembler = Assembler(default=LARGE, most_held=25_000)
+    for run in ("a", "b", "c"):
+        assembler.take(chunk(run=run))
+    assert assembler.held == 10_000
+    # the third was passed over, to its end, and a message that replaces one of its run counts alone
+    assert assembler.take(chunk(run="c", offset=5_000)) is None
+    assembler.take(chunk(run="a", transfer=b"u" * 16))
+    assert assembler.take(chunk(run="a", transfer=b"u" * 16, offset=5_000)) == ("a", bytes(10_000))
+    # those of an older stream make way
+    assembler.take(chunk(run="a"))
+    assembler.fresh()
+    assembler.take(chunk(run="c"))
+    assert assembler.take(chunk(run="c", offset=5_000)) == ("c", bytes(10_000))
+    assert [length for _, length in assembler.partials()] == [5_000]
+
+
 def test_another_message_of_a_run_ends_the_one_before() -> None:
     assembler = Assembler(default=LARGE)
     assembler.take(chunk())

@@ -87,6 +87,22 @@ def test_messages_go_both_ways(authority) -> None:
     run(work())
 
 
+def test_one_long_message_waits_at_a_time(authority) -> None:
+    async def work() -> None:
+        async with wires.coordinator(authority) as (one, address), wires.link(authority.person("a"), address) as link:
+            exchange, long = one.exchange, noise(1 << 20)
+            await exchange.until(lambda: "a" in exchange.outboxes)
+            for number in range(5):
+                exchange.outboxes["a"].send(f"r{number}", long, CONTROL_BYTES)
+            await exchange.until(lambda: link._incoming.qsize() == 1)
+            await asyncio.sleep(0.3)
+            assert link._incoming.qsize() == 1
+            heard = [await first(link) for _ in range(5)]
+            assert sorted(heard) == [(f"r{number}", long) for number in range(5)]
+
+    run(work())
+
+
 def test_a_long_message_stays_until_it_may_be_sent(authority) -> None:
     async def work() -> None:
         async with wires.coordinator(authority) as (one, address), wires.link(authority.person("a"), address) as link:

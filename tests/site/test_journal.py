@@ -749,12 +749,14 @@ class Killed:
         """Returns the answers, or None if the process was killed before it gave them."""
         if not self.child:
             self._start()
-        patience = DEADLINE
+        patience, lost = DEADLINE, False
         if self.died < self.kills and self.chance.random() < 0.7:
             # an answer takes a few milliseconds, and some more in a process that has just begun
             patience = self.chance.uniform(0, self.chance.choice([0.002, 0.005, 0.03]))
+            # an answer may be given, and lost with whoever gave it, however fast that was
+            lost = self.chance.random() < 0.5
         _write(self.there, data)
-        if select.select([self.back], [], [], patience)[0]:
+        if select.select([self.back], [], [], patience)[0] and not lost:
             return codec.decode(_read(self.back) or b"", list[bytes])
         assert patience < DEADLINE, "no answer came"
         self.stop()

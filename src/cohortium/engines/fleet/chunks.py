@@ -15,7 +15,7 @@ import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
 
-from cohortium.core.codec import Data
+from cohortium.core.codec import MAX_MESSAGE_BYTES, Data
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import CONTROL_BYTES
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
@@ -238,10 +238,11 @@ class Assembler:
     Attributes:
         default: the most bytes of a message of a run of which `allow` says nothing.
         most_open: the most messages of which a part may be here; one for each run.
+        most_held: the most bytes that these may have together. Another one is passed over, and said again later.
     """
 
-    def __init__(self, default: int = CONTROL_BYTES, most_open: int = 32) -> None:
-        self.default, self.most_open = default, most_open
+    def __init__(self, default: int = CONTROL_BYTES, most_open: int = 32, most_held: int = MAX_MESSAGE_BYTES) -> None:
+        self.default, self.most_open, self.most_held = default, most_open, most_held
         self._allowed: dict[str, int] = {}
         self._highest = default
         self._open: dict[str, _Open] = {}
@@ -321,7 +322,17 @@ class Assembler:
         if chunk.total > self._highest:
             raise ProtocolError(f"a message of {chunk.total} bytes was refused: {allowed} is the most now")
         # it may have been sent before the site heard of a lower limit, so it is passed over rather than punished
-        return _Open(chunk.transfer, chunk.total, chunk.total <= allowed)
+        return _Open(chunk.transfer, chunk.total, chunk.total <= allowed and self._has_room(chunk))
+
+    def _has_room(self, chunk: pb.Chunk) -> bool:
+        """Returns whether a message may be kept beside the others; those of an older stream make way."""
+        others = {run: part for run, part in self._open.items() if part.kept and run != chunk.run}
+        room = self.most_held - chunk.total - sum(part.total for part in others.values())
+        for run, part in others.items():
+            if room < 0 and part.stale:
+                room += part.total
+                del self._open[run]
+        return room >= 0
 
     def _make_room(self) -> None:
         oldest = next((run for run, part in self._open.items() if part.stale), None)

@@ -18,6 +18,7 @@ from cohortium.core.codec import MAX_MESSAGE_BYTES, Data
 from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import CONTROL_BYTES
 from cohortium.engines.fleet.chunks import (
+    MOST_DATA,
     MOST_FRAME,
     Assembler,
     Outgoing,
@@ -126,6 +127,7 @@ class Link:
     async def messages(self) -> AsyncIterator[tuple[str, Data]]:
         """Yields (run, message) as they come, until the link is detached. For one reader."""
         while (message := await self._incoming.get()) is not None:
+            self._incoming.task_done()
             yield message
 
     async def send(self, run: str, data: bytes) -> None:
@@ -262,6 +264,9 @@ class Link:
                 if message is not None:
                     self._heard(message[0], chunk.allowance)
                     await self._incoming.put(message)
+                    if len(message[1]) > MOST_DATA:
+                        # one long message waits at a time; more stay on the network
+                        await self._incoming.join()
         await _raise_status(call)
 
     def _heard(self, run: str, allowance: int) -> None:
