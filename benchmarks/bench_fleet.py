@@ -108,6 +108,7 @@ def measured(quick: bool) -> dict[str, Any]:
         time.sleep(2)  # memory of processes that have nothing to do
         idle = [megabytes(agent.pid) for agent in fleet.agents.values()]
         found["agent_mb"] = statistics.median(idle)
+        seconds_of_rounds(fleet, study(15, 1000, 50, 0, 999))  # processes that have just begun take longer
         taken = {
             name: seconds_of_rounds(fleet, study(15, 1000, rounds, dropouts, 1000 + dropouts))
             for name, dropouts in DROPOUTS.items()

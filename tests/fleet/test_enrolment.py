@@ -19,6 +19,7 @@ from cohortium.coordinator.authority import establish, principal_of
 from cohortium.core.errors import CohortiumError, PolicyRefused, ProtocolError
 from cohortium.core.identity import prove_joining, prove_renewal
 from cohortium.core.invitation import Invitation, digest
+from cohortium.engines.fleet.enrolment import network
 from cohortium.engines.fleet.joining import Joined, Unreachable, enrol, keep_renewed, renew, roster
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
 from cohortium.engines.fleet.v1 import fleet_pb2_grpc as pb_grpc
@@ -397,3 +398,18 @@ class TestKeepingRenewed:
 
 def test_keys_are_not_shown() -> None:
     assert "PRIVATE" not in repr(Credential(*REQUEST))
+
+
+@pytest.mark.parametrize(
+    ("host", "counts_as"),
+    [
+        ("ipv4:10.0.0.7", "ipv4:10.0.0.7"),
+        ("ipv6:%5B2001:db8:1:2:3:4:5:6%5D", "ipv6:2001:db8:1:2::/64"),
+        ("ipv6:[2001:db8:1:2::9]", "ipv6:2001:db8:1:2::/64"),
+        ("ipv6:%5Bfe80::1%25eth0%5D", "ipv6:fe80::/64"),
+        ("ipv6:nonsense", "ipv6:nonsense"),
+        ("", ""),
+    ],
+)
+def test_whoever_has_a_whole_network_is_one_stranger(host: str, counts_as: str) -> None:
+    assert network(host) == counts_as

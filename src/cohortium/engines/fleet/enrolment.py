@@ -9,7 +9,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from ipaddress import IPv6Network
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -192,7 +194,7 @@ class EnrolmentService(pb_grpc.EnrolmentServicer):
         return await self._registrar.enrol(request)
 
     async def _limit(self, context: Context) -> None:
-        await self._registrar.limit(f"enrol:{_host(context)}", _STRANGERS)
+        await self._registrar.limit(f"enrol:{network(_host(context))}", _STRANGERS)
         await self._registrar.limit("enrol", _EVERYBODY)
 
 
@@ -285,6 +287,18 @@ def _is_name(site: str) -> bool:
     except StudyError:
         return False
     return True
+
+
+def network(host: str) -> str:
+    """Returns what one stranger may have of a host's kind: an IPv4 address, or the IPv6 addresses of a whole link."""
+    kind, _, address = unquote(host).partition(":")
+    if kind != "ipv6":
+        return host
+    plain = address.strip("[]").partition("%")[0]
+    try:
+        return f"ipv6:{IPv6Network((plain, 64), strict=False)}"
+    except ValueError:
+        return host
 
 
 def _host(context: Context) -> str:
