@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chaos_faults import KINDS, Fault, Heal, World, schedule
+from chaos_faults import KINDS, Fault, World, schedule
 from chaos_load import AT_ONCE, SEED, Load, Prober, Watcher
 from chaos_verdict import Judge, Verdict
 from chaos_world import hospitals, studies, world
@@ -55,14 +55,6 @@ class Trial:
 
 def disturb(made: World, faults: Sequence[Fault], prober: Prober, trial: Trial) -> None:
     """Does the faults, each at its time, and heals them."""
-    heals: list[tuple[float, int, Heal]] = []
-
-    def rest(until: float) -> None:
-        while heals and heals[0][0] <= until:
-            time.sleep(max(0.0, heals[0][0] - time.monotonic()))
-            heapq.heappop(heals)[2]()
-        time.sleep(max(0.0, until - time.monotonic()))
-
     began = time.monotonic()
     for fault in faults:
         prober.during = fault.kind
@@ -79,9 +71,9 @@ def disturb(made: World, faults: Sequence[Fault], prober: Prober, trial: Trial) 
             file=sys.stderr,
             flush=True,
         )
-        heapq.heappush(heals, (time.monotonic() + fault.seconds, fault.number, heal))
-        rest(time.monotonic() + fault.pause)
-    rest(max([time.monotonic(), *(at for at, _, _ in heals)]))
+        heapq.heappush(made.heals, (time.monotonic() + fault.seconds, fault.number, heal))
+        made.rest(time.monotonic() + fault.pause)
+    made.rest(max([time.monotonic(), *(at for at, _, _ in made.heals)]))
     trial.seconds = time.monotonic() - began
 
 

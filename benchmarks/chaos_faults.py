@@ -4,6 +4,7 @@ A fault is drawn before anything runs; which process it meets is decided when it
 are there. What was killed is started again, what was disturbed is healed, at the fault's end.
 """
 
+import heapq
 import mmap
 import os
 import random  # noqa: TID251  the schedule is the same for the same seed
@@ -105,6 +106,7 @@ class World:
         disks: of some agents, and of 'stores'.
         deaths: leaders that were killed: when (monotonic), and their runs with each one's last event.
         missing: kinds of faults that this machine does not allow, and why.
+        heals: what ends the faults under way, with when (monotonic) and the fault's number.
     """
 
     fleet: Loopback
@@ -115,6 +117,14 @@ class World:
     isolated: str = ""
     deaths: list[tuple[float, str, dict[str, int]]] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    heals: list[tuple[float, int, Heal]] = field(default_factory=list)
+
+    def rest(self, until: float) -> None:
+        """Waits until then (monotonic), and ends the faults whose time comes."""
+        while self.heals and self.heals[0][0] <= until:
+            time.sleep(max(0.0, self.heals[0][0] - time.monotonic()))
+            heapq.heappop(self.heals)[2]()
+        time.sleep(max(0.0, until - time.monotonic()))
 
     @property
     def sockets(self) -> Path:
@@ -142,11 +152,18 @@ class World:
                 time.sleep(0.1)
 
     def leaders(self) -> dict[str, dict[str, int]]:
-        """Returns the coordinators that lead, by name, with their runs and each run's last event."""
-        rows = self.asked(
-            "SELECT c.address, r.run, r.events FROM cohortium.runs r "
-            "JOIN cohortium.coordinators c ON c.name = r.leader WHERE r.ended IS NULL AND r.status <> 'queued'"
-        )
+        """Returns the coordinators that lead, by name, with their runs and each run's last event.
+
+        Nobody while the database is away: whoever would start it again may be frozen, and is to be thawed first.
+        """
+        try:
+            with self.database() as connection:
+                rows = connection.execute(
+                    "SELECT c.address, r.run, r.events FROM cohortium.runs r "
+                    "JOIN cohortium.coordinators c ON c.name = r.leader WHERE r.ended IS NULL AND r.status <> 'queued'"
+                ).fetchall()
+        except psycopg.OperationalError:
+            return {}
         names = dict(zip(self.fleet.addresses, self.fleet.coordinators, strict=True))
         found: dict[str, dict[str, int]] = {}
         for address, run, last in rows:
@@ -171,10 +188,11 @@ def picked(among: Sequence[T], draw: float) -> T:
     return among[min(int(draw * len(among)), len(among) - 1)]
 
 
-def _wait(until: Callable[[], T], seconds: float = 10.0) -> T:
+def _wait(world: World, until: Callable[[], T], seconds: float = 10.0) -> T:
+    """Returns what is there in the end, while the faults under way end at their time."""
     ends = time.monotonic() + seconds
     while not (found := until()) and time.monotonic() < ends:
-        time.sleep(0.05)
+        world.rest(time.monotonic() + 0.05)
     return found
 
 
@@ -195,7 +213,7 @@ def _leader(world: World, fault: Fault) -> tuple[str, dict[str, int]]:
         ready = {name for name, daemon in world.fleet.coordinators.items() if daemon.running and daemon.ready()}
         return sorted((name, runs) for name, runs in world.leaders().items() if len(ready - {name}) > 0)
 
-    among = _wait(found)
+    among = _wait(world, found)
     if not among:
         raise LookupError("nobody leads a run")
     return picked(among, fault.draw)
@@ -251,7 +269,7 @@ def freeze_agent(world: World, fault: Fault) -> tuple[str, Heal]:
 
 def _kill_server(socket_name: str) -> Callable[[World, Fault], tuple[str, Heal]]:
     def kill(world: World, fault: Fault) -> tuple[str, Heal]:
-        process = _wait(lambda: world.server(socket_name))
+        process = _wait(world, lambda: world.server(socket_name))
         if not process:
             raise LookupError("the server is away already")
         os.kill(process, signal.SIGKILL)
@@ -265,7 +283,11 @@ kill_postgres, kill_valkey = _kill_server(".s.PGSQL.5432"), _kill_server("valkey
 
 def _both(first: Callable[[World, Fault], tuple[str, Heal]], second: Callable[[World, Fault], tuple[str, Heal]]):  # type: ignore[no-untyped-def]
     def act(world: World, fault: Fault) -> tuple[str, Heal]:
-        (one, heal), (other, heal_too) = first(world, fault), second(world, fault)
+        one, heal = first(world, fault)
+        try:
+            other, heal_too = second(world, fault)
+        except LookupError as error:
+            return f"{one} alone ({error})", heal
 
         def healed() -> None:
             heal()
