@@ -130,6 +130,13 @@ def test_runs_are_steered_and_listed_from_the_command_line(fleet: Loopback, tmp_
     assert "there is no run 'nothing'" in command("run", "watch", "nothing", *where, code=2)
 
 
+def test_a_process_that_ends_by_itself_is_started_again(fleet: Loopback) -> None:
+    agent = fleet.agents["zurich"]
+    before = agent.pid
+    os.kill(before, signal.SIGSEGV)
+    until(lambda: agent.pid != before and agent.ready())
+
+
 def test_a_run_is_paused_resumed_and_cancelled(fleet: Loopback, consortium: Consortium) -> None:
     study = replace(STUDY, name="rested")
     fleet.approve(study, 2)

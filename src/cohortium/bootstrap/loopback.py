@@ -5,11 +5,13 @@ For the demo, the benches and the trials of faults. Everything lies in one folde
 
 import importlib.util
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,7 +28,9 @@ from cohortium.core.errors import RunFailed, StudyError
 from cohortium.core.study import Study
 from cohortium.engines.fleet.client import Consortium
 
+log = logging.getLogger("cohortium.loopback")
 _LOOK = 0.02
+_TEND = 0.5
 _HOST = "127.0.0.1"
 Progress = Callable[[int, int, str], None]
 COMMAND = (sys.executable, "-m", "cohortium")
@@ -49,9 +53,25 @@ class Daemon:
     health: str
     environment: Mapping[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
+    _wanted: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def start(self) -> None:
         """Starts it, in a session of its own."""
+        with self._lock:
+            self._wanted = True
+            self._begin()
+
+    def tend(self) -> int | None:
+        """Starts it again if it ended by itself, and returns how: as a service manager does."""
+        with self._lock:
+            if not self._wanted or self.process is None or self.process.poll() is None:
+                return None
+            how = self.process.returncode
+            self._begin()
+        return how
+
+    def _begin(self) -> None:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(  # noqa: S603  the command is this package's own
                 self.arguments,
@@ -82,6 +102,14 @@ class Daemon:
         """Asks it to end, and makes it end if it does not."""
         self._end(signal.SIGTERM, seconds)
 
+    def tell_to_end(self, how: signal.Signals) -> None:
+        """Sends it a signal that ends it, and waits for nothing."""
+        with self._lock:
+            self._wanted = False
+            if self.process is not None:
+                with suppress(ProcessLookupError):
+                    self.process.send_signal(how)
+
     def ready(self) -> bool:
         """Returns whether it says that it can do its work."""
         facts = self.facts()
@@ -106,10 +134,9 @@ class Daemon:
         return ""
 
     def _end(self, how: signal.Signals, seconds: float = 20.0) -> None:
+        self.tell_to_end(how)
         if self.process is None:
             return
-        with suppress(ProcessLookupError):
-            self.process.send_signal(how)
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -123,7 +150,7 @@ class Loopback:
 
     Attributes:
         folder: all that belongs to it.
-        coordinators, agents: its processes, by name.
+        coordinators, agents: its processes, by name. One that ends by itself is started again.
         addresses: where the coordinators listen.
     """
 
@@ -132,6 +159,7 @@ class Loopback:
     agents: dict[str, Daemon]
     addresses: tuple[str, ...]
     program: tuple[str, ...] = COMMAND
+    _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @staticmethod
     def begin(
@@ -171,6 +199,7 @@ class Loopback:
                 consortium._enrolled(name, data, dataset)
             progress(total - 1, total, "agents")
             consortium._started(consortium.agents)
+            threading.Thread(target=consortium._tend, name="tending", daemon=True).start()
         except BaseException:
             consortium.close()
             raise
@@ -200,12 +229,20 @@ class Loopback:
         for site in study.sites.include:
             approve(self.site_home(site), study, runs)
 
+    def _tend(self) -> None:
+        while not self._closed.wait(_TEND):
+            for daemon in (*self.coordinators.values(), *self.agents.values()):
+                how = daemon.tend()
+                if how is not None:
+                    log.warning(
+                        "%s ended with code %d, and was started again; %s says more", daemon.name, how, daemon.log
+                    )
+
     def close(self) -> None:
         """Ends all processes; the folder stays."""
+        self._closed.set()
         for daemon in self.agents.values():
-            if daemon.process is not None:
-                with suppress(ProcessLookupError):
-                    daemon.process.terminate()
+            daemon.tell_to_end(signal.SIGTERM)
         for daemon in [*self.agents.values(), *self.coordinators.values()]:
             daemon.stop()
 
