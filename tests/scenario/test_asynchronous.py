@@ -1,13 +1,9 @@
 """Rounds that are buffers: what is summed, what is late, and what neither crashes nor lies change about it."""
 
 import heapq
-import importlib.util
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -59,18 +55,9 @@ from cohortium.site.ports import Frozen
 from cohortium.site.session import Asked, Trained
 from cohortium.site.session import step as site_step
 
-
-def load_module(name: str, file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from . import test_takeover as takeover
 
 pytest.importorskip("torch")
-takeover = load_module("asynchronous_takeover", "test_takeover.py")
 staging, NAMES, KEPT, ROOT = takeover.staging, takeover.NAMES, takeover.KEPT, takeover.ROOT
 SEED = 5
 EVEN = dict.fromkeys(NAMES, 1.0)

@@ -1,9 +1,5 @@
 """Rounds that ask some of the sites: who is chosen, what is summed, and what a coordinator that lies gets."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,17 +25,8 @@ from cohortium.guarantees import promise, protection, security
 from cohortium.plan import compile_study
 from cohortium.site.cohort import load
 
+from . import test_takeover as takeover
 
-def load_module(name: str, file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-takeover = load_module("selection_takeover", "test_takeover.py")
 staging, NAMES, KEPT = takeover.staging, takeover.NAMES, takeover.KEPT
 SOME = tuple(f"site-{letter}" for letter in "abcdefghijkl")
 

@@ -1,11 +1,7 @@
 """A run whose coordinator fails after every single message ends, to the last bit, as one whose coordinator does not."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,17 +40,8 @@ from cohortium.core.protection import Aggregation
 from cohortium.core.training import Averaging, Descent, Local, Server
 from cohortium.plan import Plan, compile_study
 
+from . import staging
 
-def load_staging() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("takeover_staging", Path(__file__).with_name("staging.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-staging = load_staging()
 NAMES, KEPT, ROOT, COORDINATOR = staging.NAMES, staging.KEPT, staging.ROOT, staging.COORDINATOR
 Fate = Callable[[str, str, int], bool]
 """Whether a site is lost in a phase of a round."""

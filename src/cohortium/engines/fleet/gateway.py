@@ -18,20 +18,18 @@ from cohortium.coordinator.authority import Principal, principal_of
 from cohortium.core.codec import Data
 from cohortium.core.errors import ProtocolError
 from cohortium.engines.fleet.chunks import (
-    MOST_FRAME,
     Assembler,
     Queue,
     packs,
     parse_upstream,
     partials_of,
 )
+from cohortium.engines.fleet.stream import EOF, KEEPALIVE, PROTOCOL
+from cohortium.engines.fleet.stream import OPTIONS as STREAM
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
 
 log = logging.getLogger("cohortium.fleet")
 SERVICE = "cohortium.fleet.v1.Fleet"
-PROTOCOL = 1
-KEEPALIVE = 20
-EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 Code = grpc.StatusCode
 
 
@@ -319,15 +317,7 @@ def peer(context: Any) -> Principal:
 
 
 OPTIONS: Sequence[tuple[str, int]] = (
-    ("grpc.max_receive_message_length", MOST_FRAME),
-    ("grpc.max_send_message_length", 2 * MOST_FRAME),
-    ("grpc.http2.lookahead_bytes", 4 << 20),
-    ("grpc.http2.max_frame_size", 1 << 20),
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.keepalive_time_ms", KEEPALIVE * 1000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
+    *STREAM,
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.max_concurrent_streams", 64),

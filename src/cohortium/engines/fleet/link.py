@@ -19,7 +19,6 @@ from cohortium.core.errors import ProtocolError
 from cohortium.core.messages import CONTROL_BYTES
 from cohortium.engines.fleet.chunks import (
     MOST_DATA,
-    MOST_FRAME,
     Assembler,
     Outgoing,
     Queue,
@@ -27,24 +26,16 @@ from cohortium.engines.fleet.chunks import (
     parse_downstream,
     partials_of,
 )
+from cohortium.engines.fleet.stream import EOF, PROTOCOL
+from cohortium.engines.fleet.stream import OPTIONS as STREAM
 from cohortium.engines.fleet.v1 import fleet_pb2 as pb
 
 log = logging.getLogger("cohortium.fleet")
 METHOD = "/cohortium.fleet.v1.Fleet/Attach"
-PROTOCOL = 1
-EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _WAITING = 16  # messages that the agent has not taken yet; more stay on the network
 _REMEMBERED = 64  # runs whose last message may be sent again
 _OPTIONS = [
-    ("grpc.max_receive_message_length", MOST_FRAME),
-    ("grpc.max_send_message_length", 2 * MOST_FRAME),
-    ("grpc.http2.lookahead_bytes", 4 << 20),
-    ("grpc.http2.max_frame_size", 1 << 20),
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
+    *STREAM,
     ("grpc.use_local_subchannel_pool", 1),  # or a new connection might use an old certificate
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
